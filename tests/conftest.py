@@ -1,0 +1,39 @@
+"""Shared by all tests: where models are, and vLLM's environment on CPU."""
+
+import os
+from pathlib import Path
+
+# Before vLLM is imported anywhere. Engines run in the test's own process unless a test is about
+# processes; 1 GiB of KV cache is more than any of them needs.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests.tiny import TinyModels
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """The prepared models (``make test`` prepares them)."""
+    return Path(os.environ.get("VLLM_STAIRS_MODELS", REPOSITORY / "models"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(models_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct; a missing model fails the test, it does not skip it."""
+    folder = models_dir / "smollm2-135m-instruct"
+    assert (folder / "model.safetensors").is_file(), f"{folder} is missing: run `make test`"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Tiny Llama models of our own making, and drafts for them."""
+    return TinyModels(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,187 @@
+"""Greedy output of stairs is plain vLLM's, token for token, in float32."""
+
+import itertools
+import random
+
+import pytest
+
+from tests.engine.engines import greedy, kv_usage, plain, stairs, statistics, token_ids
+from tests.tiny import WORDS, TinyModels
+
+DRAFTS = ["target", "random", "cut", "noisy"]
+LAYOUTS = ["packed", "expanded"]
+# A pairwise sample of draft x layout; the whole matrix runs in `make test-full`.
+PAIRS = [("target", "packed"), ("random", "expanded"), ("cut", "packed"), ("noisy", "expanded"),
+         ("noisy", "packed")]  # fmt: skip
+
+
+def prompts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
+    """Prompts of mixed lengths."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS[3:], k=rng.randint(1, longest))) for _ in range(count)]
+
+
+def matrix() -> list:
+    """Draft x layout; those outside the sample are marked full."""
+    return [
+        pytest.param(*pair, marks=() if pair in PAIRS else pytest.mark.full)
+        for pair in itertools.product(DRAFTS, LAYOUTS)
+    ]
+
+
+@pytest.mark.parametrize(("draft", "layout"), matrix())
+def test_batches_and_heights(tiny: TinyModels, draft: str, layout: str) -> None:
+    engine = stairs(tiny.target, getattr(tiny, draft), stairs_layout=layout)
+    reference = plain(tiny.target)
+    before = statistics(engine)
+    for batch in (1, 2, 5, 16):
+        texts = prompts(batch, seed=batch)
+        expected = token_ids(reference, texts, greedy())
+        assert token_ids(engine, texts, greedy()) == expected
+        # Every height from 0 to 8 at once, one request each.
+        ragged = [greedy(extra_args={"stairs_max_height": i % 9}) for i in range(batch)]
+        assert token_ids(engine, texts, ragged) == expected
+    after = statistics(engine)
+    heights = [b - a for a, b in zip(before["heights"], after["heights"], strict=True)]
+    assert all(heights), f"every height must have been used: {heights}"
+    accepted = after["accepted_per_position"][0] - before["accepted_per_position"][0]
+    drafted = after["drafted_per_position"][0] - before["drafted_per_position"][0]
+    if draft == "target":
+        assert accepted == drafted > 0
+    elif draft == "random":
+        assert accepted < 0.2 * drafted
+    elif draft == "noisy":
+        assert 0.2 * drafted < accepted < drafted
+    assert kv_usage(engine) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("height", range(1, 8))
+def test_every_k(tiny: TinyModels, height: int, layout: str) -> None:
+    engine = stairs(tiny.target, tiny.noisy, height=height, stairs_layout=layout)
+    texts = prompts(7)
+    assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
+
+
+@pytest.mark.parametrize("draft", ["padded", "narrow"])
+def test_other_padded_vocabulary(tiny: TinyModels, draft: str) -> None:
+    engine = stairs(tiny.target, getattr(tiny, draft))
+    texts = prompts(6)
+    assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
+    stats = statistics(engine)
+    assert stats["accepted_per_position"][0] > 0.2 * stats["drafted_per_position"][0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunked_prefill_mixes_with_decode(tiny: TinyModels, layout: str) -> None:
+    """A budget of 48 tokens: prompts of up to 150 tokens come in chunks beside decode rows."""
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "enable_prefix_caching": False}
+    texts = prompts(12, seed=3, longest=150)
+    params = [greedy(10 + 5 * (i % 6)) for i in range(12)]
+    engine = stairs(tiny.target, tiny.noisy, height=4, stairs_layout=layout, **options)
+    assert token_ids(engine, texts, params) == token_ids(
+        plain(tiny.target, **options), texts, params
+    )
+
+
+def test_prefix_caching_with_repeated_prompts(tiny: TinyModels) -> None:
+    """Shared prefixes, whole repeats, and continuations of earlier output."""
+    engine, reference = stairs(tiny.target, tiny.target, height=4), plain(tiny.target)
+    shared = " ".join(random.Random(5).choices(WORDS[3:], k=100))
+    texts = [f"{shared} {tail}" for tail in prompts(6, seed=6, longest=20)]
+    expected = token_ids(reference, texts, greedy())
+    assert token_ids(engine, texts, greedy()) == expected
+    before = statistics(engine)
+    assert token_ids(engine, texts, greedy()) == expected
+    after = statistics(engine)
+    # The target as its own draft accepts everything, over inherited blocks too.
+    assert (
+        after["accepted_per_position"][0] - before["accepted_per_position"][0]
+        == after["drafted_per_position"][0] - before["drafted_per_position"][0]
+        > 0
+    )
+
+
+@pytest.mark.parametrize("opted_out_first", [True, False])
+def test_draft_kv_has_no_holes(tiny: TinyModels, opted_out_first: bool) -> None:
+    """A prefix that was computed without drafting leaves holes; whoever inherits them fills them.
+
+    The target as its own draft must then accept everything: stale KV would show at once.
+    """
+    engine = stairs(tiny.target, tiny.target, height=4)
+    seed = 11 if opted_out_first else 12
+    text = " ".join(random.Random(seed).choices(WORDS[3:], k=90))
+    if opted_out_first:
+        off = greedy(60, extra_args={"stairs_max_height": 0})
+        written = token_ids(engine, [text], off)[0][0]
+    else:
+        written = token_ids(engine, [text], greedy(60))[0][0]
+    before = statistics(engine)
+    continued = f"{text} {' '.join(WORDS[i] for i in written)}"
+    texts = [continued, text, continued]
+    assert token_ids(engine, texts, greedy(30)) == token_ids(
+        plain(tiny.target), texts, greedy(30)
+    )
+    after = statistics(engine)
+    assert after["accepted_per_position"][0] - before["accepted_per_position"][0] == (
+        after["drafted_per_position"][0] - before["drafted_per_position"][0]
+    )
+
+
+@pytest.mark.parametrize(("draft", "layout"), [("target", "packed"), ("noisy", "expanded")])
+def test_preemption(tiny: TinyModels, draft: str, layout: str) -> None:
+    """A KV cache of 17 blocks of 32 tokens cannot hold 8 requests of 150 tokens."""
+    options = {"num_gpu_blocks_override": 18, "max_num_seqs": 8}
+    texts = prompts(8, seed=8, longest=60)
+    engine = stairs(
+        tiny.target, getattr(tiny, draft), height=4, stairs_layout=layout, **options
+    )
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempted = []
+    original = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **kwargs: (
+        preempted.append(request.request_id),
+        original(request, *args, **kwargs),
+    )
+    outputs = token_ids(engine, texts, greedy(110))
+    scheduler._preempt_request = original
+    assert preempted, "this load must preempt"
+    assert outputs == token_ids(plain(tiny.target), texts, greedy(110))
+    assert kv_usage(engine) == 0
+    if draft == "target":
+        stats = statistics(engine)
+        assert stats["accepted_per_position"] == stats["drafted_per_position"]
+
+
+def test_height_by_batch_size_table(tiny: TinyModels) -> None:
+    """vLLM's own table is a ceiling."""
+    engine = stairs(
+        tiny.target,
+        tiny.noisy,
+        height=4,
+        num_speculative_tokens_per_batch_size=[[1, 2, 4], [3, 8, 2], [9, 16, 0]],
+    )
+    for batch in (1, 6, 12):
+        texts = prompts(batch, seed=20 + batch)
+        assert token_ids(engine, texts, greedy()) == token_ids(
+            plain(tiny.target), texts, greedy()
+        )
+    heights = statistics(engine)["heights"]
+    assert heights[0]
+    assert heights[2]
+    assert heights[4]
+
+
+def test_length_limits(tiny: TinyModels) -> None:
+    """Up to the target's max_model_len, and past that of a draft with a shorter one."""
+    texts = prompts(4, seed=30, longest=40)
+    params = greedy(max_tokens=None)
+    expected = token_ids(plain(tiny.target), texts, params)
+    assert token_ids(stairs(tiny.target, tiny.noisy, height=8), texts, params) == expected
+    short = stairs(tiny.target, tiny.target, height=8, max_model_len_draft=100)
+    assert token_ids(short, texts, params) == expected
+    long_prompt = [" ".join(random.Random(1).choices(WORDS[3:], k=150)), "the cat"]
+    assert token_ids(short, long_prompt, greedy()) == token_ids(
+        plain(tiny.target), long_prompt, greedy()
+    )

@@ -1,0 +1,1 @@
+"""What is kept of a staircase: stairs validation for whole batches."""

@@ -1,0 +1,103 @@
+"""Every option of the method: typed, bounded, described. Imports neither vLLM nor torch.
+
+The command line (``--stairs-*``), ``--speculative-config '{"stairs_*": ...}'`` and
+``LLM(speculative_config=...)`` are all generated from, and checked by, this one class.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+METHOD = "stairs"
+"""The name of the speculative method."""
+
+OPTION_PREFIX = "stairs_"
+"""What the options are called in ``speculative_config``: this, then the field's name."""
+
+DEFAULT_NUM_SPECULATIVE_TOKENS = 4
+"""The largest height of a staircase where the user names none."""
+
+MAX_NUM_SPECULATIVE_TOKENS = 64
+"""No staircase is taller: vLLM's rejection sampler ends at 128 drafts of a request, and no
+draft model is worth following that far."""
+
+DRAFT_SUFFIX = "-draft"
+"""A draft that lies beside the target under the target's name and this suffix is used when
+no draft is named: ``models/smollm2-135m-instruct`` and ``models/smollm2-135m-instruct-draft``."""
+
+MAX_HEIGHT_ARG = "stairs_max_height"
+"""``vllm_xargs`` / ``SamplingParams.extra_args`` key: one request's own largest height.
+0 opts the request out of speculation."""
+
+
+class StairsOptions(BaseModel):
+    """The options of the method ``stairs``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout: Literal["packed", "expanded"] = Field(
+        default="packed",
+        description="How the target reads a staircase: 'packed' as one multi-token query, "
+        "'expanded' as one row per stair (the published batch; the reference for the packed "
+        "path and for attention backends without a multi-token decode path).",
+    )
+    record: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Append one JSON line per staircase to this file (what the draft wrote with "
+        "its probabilities, what the target kept, rows and times of the step), for "
+        "`vllm-stairs bench replay`. Costs time; not for production.",
+    )
+
+
+def option_names() -> list[str]:
+    """The options as they are written in ``speculative_config``."""
+    return [OPTION_PREFIX + name for name in StairsOptions.model_fields]
+
+
+def parse_options(values: Mapping[str, Any]) -> StairsOptions:
+    """Check ``stairs_*`` values.
+
+    Args:
+        values: option name with prefix -> value, for example ``{"stairs_layout": "packed"}``.
+
+    Raises:
+        ValueError: in one sentence: an unknown option (naming the known ones) or a value that
+            the option cannot take (naming what it can).
+    """
+    try:
+        return StairsOptions(
+            **{name.removeprefix(OPTION_PREFIX): value for name, value in values.items()}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = OPTION_PREFIX + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise ValueError(
+                f"Unknown option {name!r}; the method 'stairs' takes: {', '.join(option_names())}."
+            ) from None
+        raise ValueError(f"Option {name}={problem['input']!r}: {problem['msg']}.") from None
+
+
+def request_max_height(extra_args: Mapping[str, Any] | None) -> int | None:
+    """One request's own ceiling, or None where it sets none.
+
+    Raises:
+        ValueError: in one sentence, if the value is no whole number >= 0.
+    """
+    if not extra_args or MAX_HEIGHT_ARG not in extra_args:
+        return None
+    value = extra_args[MAX_HEIGHT_ARG]
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        value = None
+    try:
+        height = int(value)  # type: ignore[arg-type]
+        if height < 0 or float(value) != height:  # type: ignore[arg-type]
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{MAX_HEIGHT_ARG}={extra_args[MAX_HEIGHT_ARG]!r}: must be a whole number >= 0 "
+            "(0: no speculation for this request)."
+        ) from None
+    return height

@@ -1,0 +1,440 @@
+"""Flags and ``speculative_config`` -> a checked :class:`StairsSpeculativeConfig`.
+
+Everything a user can get wrong is found here, before any process is started, and said in one
+sentence: what is wrong and what would be right.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from pydantic import ValidationError
+
+from vllm_stairs.config import (
+    DEFAULT_NUM_SPECULATIVE_TOKENS,
+    DRAFT_SUFFIX,
+    MAX_NUM_SPECULATIVE_TOKENS,
+    METHOD,
+    OPTION_PREFIX,
+    StairsOptions,
+    parse_options,
+)
+
+_CPU_WORKER = "vllm_stairs.engine.worker.StairsCPUWorker"
+_GPU_WORKER = "vllm_stairs.engine.worker.StairsGPUWorker"
+
+_FLAGS = (("--spec-method", "method"), ("--spec-model", "model"))
+_OTHER_METHODS_PREFIXES = ("prompt_lookup_", "suffix_", "dspark_", "index_share_")
+_OTHER_METHODS_KEYS = ("enable_adaptive_verification", "disable_eagle_block_drop")
+
+
+# --------------------------------------------------------------------------- hooks
+
+
+def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
+    """Add the flags of the method to vLLM's parser (wraps ``EngineArgs.add_cli_args``)."""
+    parser = original(parser)
+    for action in parser._actions:
+        if "--spec-method" in action.option_strings and action.choices is not None:
+            action.choices = [*action.choices, METHOD]
+            method_choices = action.choices
+            break
+    else:
+        method_choices = None
+    group = parser.add_argument_group(
+        title="stairs",
+        description="Stairs speculative decoding (plugin vllm-stairs): "
+        "--speculative-method stairs --speculative-model DRAFT.",
+    )
+    group.add_argument(
+        "--speculative-method",
+        dest="spec_method",
+        choices=method_choices,
+        metavar="METHOD",
+        help=f"Same as --spec-method. {METHOD!r}: this plugin.",
+    )
+    group.add_argument(
+        "--speculative-model",
+        dest="spec_model",
+        metavar="PATH_OR_ID",
+        help="Same as --spec-model: the draft. With --speculative-method stairs and no draft "
+        f"named, TARGET{DRAFT_SUFFIX} is used if it lies beside the target.",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        dest="spec_tokens",
+        type=int,
+        metavar="K",
+        help="Same as --spec-tokens. For stairs the largest height of a staircase; "
+        f"default {DEFAULT_NUM_SPECULATIVE_TOKENS}.",
+    )
+    for name, field in StairsOptions.model_fields.items():
+        choices = get_args(field.annotation)
+        group.add_argument(
+            "--" + (OPTION_PREFIX + name).replace("_", "-"),
+            dest=OPTION_PREFIX + name,
+            choices=choices if choices and type(None) not in choices else None,
+            default=None,
+            help=f"{field.description} Default: {field.default}.",
+        )
+    return parser
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """Carry the flags over (wraps ``EngineArgs.from_cli_args``, which keeps its own only)."""
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if name.startswith(OPTION_PREFIX) and value is not None
+    }
+    if options:
+        given = dict(args.speculative_config or {})
+        twice = sorted(options.keys() & given.keys())
+        if twice:
+            _exit(
+                f"--{twice[0].replace('_', '-')} and --speculative-config['{twice[0]}'] "
+                "are mutually exclusive."
+            )
+        args.speculative_config = {**given, **options}
+    engine_args = original(cls, args)
+    engine_args._stairs_from_command_line = True
+    return engine_args
+
+
+def create_speculative_config(
+    original: Callable[..., Any],
+    engine_args: Any,
+    target_model_config: Any,
+    target_parallel_config: Any,
+) -> Any:
+    """Build our configuration (wraps ``EngineArgs.create_speculative_config``)."""
+    config = engine_args.speculative_config or {}
+    method = engine_args.spec_method or (
+        config.get("method") if isinstance(config, Mapping) else None
+    )
+    if method != METHOD:
+        stray = sorted(
+            key for key in config if key.replace("-", "_").startswith(OPTION_PREFIX)
+        )
+        if not stray:
+            return original(engine_args, target_model_config, target_parallel_config)
+    try:
+        if method != METHOD:
+            raise ValueError(
+                f"{stray[0]} belongs to the speculative method 'stairs', but the method is "
+                f"{method!r}: add --speculative-method stairs (or \"method\": \"stairs\")."
+            )
+        return build(engine_args, target_model_config, target_parallel_config)
+    except ValueError as error:
+        if getattr(engine_args, "_stairs_from_command_line", False):
+            _exit(str(error))
+        raise
+
+
+def _exit(message: str) -> NoReturn:
+    """End a command the way its own parser does: one line, status 2, no traceback."""
+    print(f"vllm: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --------------------------------------------------------------------------- build
+
+
+def build(engine_args: Any, target: Any, parallel: Any) -> Any:
+    """Check everything and build the configuration.
+
+    Args:
+        engine_args: vLLM's ``EngineArgs``.
+        target: the target's ``ModelConfig``.
+        parallel: the target's ``ParallelConfig``; its worker class is set to ours.
+
+    Raises:
+        ValueError: one sentence for the user.
+    """
+    from vllm.platforms import current_platform
+
+    from vllm_stairs.engine import contract, metrics
+    from vllm_stairs.engine.requests import admit_all_requests
+
+    contract.require()
+    values = _merge_flags(engine_args)
+    options = parse_options(
+        {key: values.pop(key) for key in list(values) if key.startswith(OPTION_PREFIX)}
+    )
+    _check_engine(engine_args, target, parallel)
+    _check_keys(values, parallel.tensor_parallel_size)
+    values["num_speculative_tokens"] = _check_height(engine_args, target, values)
+    values["model"] = _find_draft(values.get("model"), target)
+    _check_table(values)
+    _check_tokenizer(target, values)
+
+    config = _construct(
+        {
+            **values,
+            "method": "draft_model",
+            "stairs": options,
+            "stairs_counters_file": metrics.create_counters_file(values["num_speculative_tokens"]),
+            "target_model_config": target,
+            "target_parallel_config": parallel,
+        }
+    )
+
+    if current_platform.is_cpu():
+        from vllm_stairs.engine.cpu import preload_openmp
+
+        parallel.worker_cls = _CPU_WORKER
+        preload_openmp()
+    else:
+        parallel.worker_cls = _GPU_WORKER
+        # The official switch; vLLM's processes inherit it.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        if engine_args.async_scheduling is None:
+            engine_args.async_scheduling = False
+        _logger().warning(
+            "Stairs on %s runs in vLLM's V1 model runner, without asynchronous scheduling and "
+            "with piecewise graphs for the draft; plain vLLM has the V2 model runner, "
+            "asynchronous scheduling and full graphs there.",
+            current_platform.device_name,
+        )
+    admit_all_requests()
+    return config
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    # vLLM configures loggers below "vllm" only.
+    return init_logger("vllm.stairs.arguments")
+
+
+def _merge_flags(engine_args: Any) -> dict[str, Any]:
+    values = {k.replace("-", "_"): v for k, v in (engine_args.speculative_config or {}).items()}
+    for flag, key, value in (
+        ("--spec-method/--speculative-method", "method", engine_args.spec_method),
+        ("--spec-model/--speculative-model", "model", engine_args.spec_model),
+        (
+            "--spec-tokens/--num-speculative-tokens",
+            "num_speculative_tokens",
+            engine_args.spec_tokens,
+        ),
+    ):
+        if value is None:
+            continue
+        if values.get(key) is not None:
+            raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive.")
+        values[key] = value
+    return values
+
+
+def _check_engine(engine_args: Any, target: Any, parallel: Any) -> None:
+    """What the engine around the method must not be."""
+    unsupported = {
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+        "data parallelism (--data-parallel-size); run one server per replica instead": (
+            parallel.data_parallel_size > 1
+        ),
+        "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)": (
+            parallel.decode_context_parallel_size > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "LoRA adapters (--enable-lora)": engine_args.enable_lora,
+        "sleep mode (--enable-sleep-mode)": engine_args.enable_sleep_mode,
+        "KV transfer (--kv-transfer-config)": engine_args.kv_transfer_config is not None,
+        "custom logits processors (--logits-processors)": bool(target.logits_processors),
+    }
+    for feature, asked_for in unsupported.items():
+        if asked_for:
+            raise ValueError(
+                f"The speculative method 'stairs' does not work with {feature} yet: "
+                "leave one of the two out."
+            )
+    if target.runner_type != "generate" or target.is_encoder_decoder:
+        raise ValueError(
+            "The speculative method 'stairs' needs a target that generates text and is "
+            f"decoder-only; {target.model} is not (for encoder-decoder models see "
+            "vllm_stairs.hf)."
+        )
+    if target.is_multimodal_model:
+        raise ValueError(
+            f"The speculative method 'stairs' takes text-only targets; {target.model} is "
+            "multimodal: serve it without stairs, or with --language-model-only."
+        )
+    if target.is_hybrid or target.is_attention_free:
+        raise ValueError(
+            "The speculative method 'stairs' needs a target whose layers all keep a paged KV "
+            f"cache; {target.model} has recurrent layers: serve it without stairs."
+        )
+    if parallel.worker_cls != "auto":
+        raise ValueError(
+            f"--worker-cls {parallel.worker_cls} cannot be combined with the speculative method "
+            "'stairs', which brings its own worker: leave --worker-cls out."
+        )
+    if engine_args.async_scheduling:
+        raise ValueError(
+            "The speculative method 'stairs' needs synchronous scheduling: leave "
+            "--async-scheduling out (stairs turns it off)."
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise ValueError(
+            "The speculative method 'stairs' runs in vLLM's V1 model runner: unset "
+            "VLLM_USE_V2_MODEL_RUNNER."
+        )
+
+
+def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
+    """The other keys of vLLM's ``speculative_config``: each works or stops here."""
+    for key, value in values.items():
+        if value is None or value is False:
+            continue
+        if key.startswith(_OTHER_METHODS_PREFIXES) or key in _OTHER_METHODS_KEYS:
+            raise ValueError(
+                f"{key} belongs to another speculative method than 'stairs': leave it out."
+            )
+    if values.get("parallel_drafting"):
+        raise ValueError(
+            "parallel_drafting needs a draft that was trained for it; 'stairs' writes its drafts "
+            "token by token: leave it out."
+        )
+    if values.get("use_local_argmax_reduction"):
+        raise ValueError("use_local_argmax_reduction is not supported by 'stairs': leave it out.")
+    if values.get("rejection_sample_method") == "block":
+        raise ValueError(
+            "rejection_sample_method='block' exists in vLLM's V2 model runner only; 'stairs' "
+            "takes 'standard' (default) or 'synthetic'."
+        )
+    draft_size = values.get("draft_tensor_parallel_size")
+    if draft_size is not None and draft_size != tensor_parallel_size:
+        raise ValueError(
+            f"draft_tensor_parallel_size={draft_size}: the draft runs at the target's tensor "
+            f"parallel size for now; leave it out or set it to {tensor_parallel_size}."
+        )
+
+
+def _check_height(engine_args: Any, target: Any, values: Mapping[str, Any]) -> int:
+    height = values.get("num_speculative_tokens")
+    if height is None:
+        height = DEFAULT_NUM_SPECULATIVE_TOKENS
+    # A step of one request is its newest token and its drafts, and yields one token more.
+    largest = min(MAX_NUM_SPECULATIVE_TOKENS, target.max_model_len - 2)
+    if engine_args.max_num_batched_tokens is not None:
+        largest = min(largest, engine_args.max_num_batched_tokens - 2)
+    if isinstance(height, bool) or not isinstance(height, int) or not 1 <= height <= largest:
+        raise ValueError(
+            f"num_speculative_tokens={height!r}: must be a whole number from 1 to {largest} "
+            f"(max_model_len {target.max_model_len}, max_num_batched_tokens "
+            f"{engine_args.max_num_batched_tokens or 'by default'})."
+        )
+    return height
+
+
+def _check_table(values: dict[str, Any]) -> None:
+    """vLLM's table of heights by batch size is a ceiling; without one, set one that says K.
+
+    With a table vLLM takes heights as they come. Without one it pads a request that enters the
+    batch with a single token left to compute by K rows that are rejected anyway, to keep full
+    graphs uniform, which ragged heights are not.
+    """
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    key = "num_speculative_tokens_per_batch_size"
+    if values.get(key) is None:
+        values[key] = [(1, 1, values["num_speculative_tokens"])]
+    else:
+        validate_and_normalize_dynamic_sd_schedule(values[key])
+
+
+def _find_draft(model: str | None, target: Any) -> str:
+    """The draft that was named, or the one that lies beside the target."""
+    beside = str(target.model).rstrip("/") + DRAFT_SUFFIX
+    if model is None:
+        if _is_model_folder(beside):
+            return beside
+        raise ValueError(
+            "The speculative method 'stairs' needs a draft: name one (--speculative-model "
+            f"PATH_OR_ID), put one at {beside}, or name the target itself ({target.model}) to "
+            "try the machinery."
+        )
+    if _is_model_folder(model):
+        return model
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if Path(model).exists():
+        raise ValueError(f"Draft model {model}: there is no config.json in it.")
+    if looks_like_path:
+        raise ValueError(f"Draft model {model}: there is no such folder.")
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
+        from huggingface_hub import try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            raise ValueError(
+                f"Draft model {model}: no such folder, and as a Hugging Face id it is not in the "
+                "local cache while HF_HUB_OFFLINE is set."
+            )
+    return model
+
+
+def _is_model_folder(path: str) -> bool:
+    return (Path(path) / "config.json").is_file()
+
+
+def _check_tokenizer(target: Any, values: Mapping[str, Any]) -> None:
+    """Draft and target must mean the same by an id."""
+    draft = values["model"]
+    if values.get("use_heterogeneous_vocab") or draft == target.model or target.skip_tokenizer_init:
+        return
+    target_file, draft_file = (Path(path) / "tokenizer.json" for path in (target.tokenizer, draft))
+    if target_file.is_file() and draft_file.is_file():
+        if target_file.read_bytes() == draft_file.read_bytes():
+            return
+    from vllm.tokenizers import get_tokenizer
+
+    try:
+        draft_vocab = get_tokenizer(
+            draft, trust_remote_code=target.trust_remote_code, revision=values.get("revision")
+        ).get_vocab()
+    except Exception as error:
+        _logger().warning(
+            "Draft model %s has no tokenizer that could be loaded (%s); it is taken to share the "
+            "target's.",
+            draft,
+            type(error).__name__,
+        )
+        return
+    target_vocab = get_tokenizer(
+        target.tokenizer,
+        trust_remote_code=target.trust_remote_code,
+        revision=target.tokenizer_revision,
+    ).get_vocab()
+    if draft_vocab != target_vocab:
+        different = sum(draft_vocab.get(token) != id_ for token, id_ in target_vocab.items())
+        raise ValueError(
+            f"Draft model {draft} has another tokenizer than the target {target.model} "
+            f"({different} of {len(target_vocab)} tokens differ): choose a draft of the target's "
+            "family, or set use_heterogeneous_vocab."
+        )
+
+
+def _construct(values: dict[str, Any]) -> Any:
+    from vllm_stairs.engine.speculative import StairsSpeculativeConfig
+
+    known = StairsSpeculativeConfig.__dataclass_fields__
+    for key in values:
+        if key not in known:
+            raise ValueError(
+                f"speculative_config has no key {key!r}; vLLM's keys and these can be given: "
+                f"{', '.join(OPTION_PREFIX + name for name in StairsOptions.model_fields)}."
+            )
+    try:
+        return StairsSpeculativeConfig(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(
+            f"speculative_config{'.' + where if where else ''}: {message}"
+        ) from None
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"Draft model {values['model']}: {first_line}") from None

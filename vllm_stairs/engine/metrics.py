@@ -1,0 +1,215 @@
+"""Counters of the method: kept by the worker, shown on ``/metrics`` and in the log.
+
+vLLM's own ``vllm:spec_decode_*`` counters move as with its own methods. What they do not have
+(height 0, time) is counted here by the worker of rank 0 in a small memory-mapped file that the
+server process reads when it is scraped: no message between processes, no cost per step.
+"""
+
+import atexit
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_stairs.engine.speculative import is_stairs
+
+logger = init_logger("vllm.stairs.metrics")
+
+PHASES = ("draft", "target", "validation")
+
+
+class Counters:
+    """What became of the staircases since start-up.
+
+    Args:
+        values: ``[1 + 3 + 4 (K + 1)]``, float64, zero at the start: steps, seconds per phase,
+            staircases by height, staircases by accepted drafts, drafted tokens by position,
+            accepted tokens by position.
+        max_height: K.
+    """
+
+    def __init__(self, values: np.ndarray, max_height: int) -> None:
+        size = max_height + 1
+        self._values = values
+        self._steps = values[0:1]
+        self._seconds = values[1:4]
+        self.heights = values[4 : 4 + size]
+        self.accepted = values[4 + size : 4 + 2 * size]
+        self.last_draft_seconds = 0.0
+
+    @staticmethod
+    def num_values(max_height: int) -> int:
+        """Length of the array."""
+        return 1 + len(PHASES) + 2 * (max_height + 1)
+
+    @classmethod
+    def attach(cls, path: str | None, max_height: int) -> "Counters":
+        """Counters in a shared file; in private memory if there is none (another host)."""
+        size = cls.num_values(max_height)
+        if path is not None and Path(path).is_file():
+            return cls(np.memmap(path, dtype=np.float64, mode="r+", shape=(size,)), max_height)
+        return cls(np.zeros(size), max_height)
+
+    def observe(self, heights: np.ndarray, num_accepted: np.ndarray) -> None:
+        """Count the staircases of one step: ``[n]`` heights and ``[n]`` accepted drafts."""
+        self._steps += 1
+        size = len(self.heights)
+        self.heights += np.bincount(heights, minlength=size)
+        self.accepted += np.bincount(num_accepted, minlength=size)
+
+    def add_time(self, phase: str, seconds: float) -> None:
+        """Add to the time spent in one of :data:`PHASES`."""
+        self._seconds[PHASES.index(phase)] += seconds
+        if phase == "draft":
+            self.last_draft_seconds = seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per phase, as the worker's host saw them."""
+        return dict(zip(PHASES, self._seconds.tolist(), strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, positions counted from the first draft."""
+        heights, accepted = self.heights.tolist(), self.accepted.tolist()
+        at_least = range(1, len(heights))
+        return {
+            "steps": int(self._steps[0]),
+            "staircases": int(sum(heights)),
+            "heights": [int(count) for count in heights],
+            "accepted": [int(count) for count in accepted],
+            "drafted_per_position": [int(sum(heights[i:])) for i in at_least],
+            "accepted_per_position": [int(sum(accepted[i:])) for i in at_least],
+            "seconds": self.seconds(),
+        }
+
+
+def create_counters_file(max_height: int) -> str | None:
+    """Make the shared file, removed when this process ends. None where that is impossible."""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="vllm-stairs-")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(bytes(8 * Counters.num_values(max_height)))
+    except OSError as error:
+        logger.warning("Stairs: no counters on /metrics (%s).", error)
+        return None
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    atexit.register(remove)
+    return path
+
+
+class StairsStatLogger(StatLoggerBase):
+    """Shows the counters on ``/metrics`` and in vLLM's periodic log (``vllm serve``)."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self._counters: Counters | None = None
+        config = vllm_config.speculative_config
+        if not is_stairs(config) or config.stairs_counters_file is None:
+            return
+        self._counters = Counters.attach(
+            config.stairs_counters_file, config.num_speculative_tokens
+        )
+        self._last = self._counters.as_dict()
+        self._last_time = time.monotonic()
+        labels = {
+            "model_name": str(vllm_config.model_config.served_model_name),
+            "engine": str(engine_index),
+        }
+        _StairsCollector.install(self._counters, labels)
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the worker counts."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: the worker says what the draft costs."""
+
+    def log(self) -> None:
+        """One line about the time since the last one, if there was a staircase in it."""
+        if self._counters is None:
+            return
+        now, stats = time.monotonic(), self._counters.as_dict()
+        last, self._last = self._last, stats
+        elapsed, self._last_time = now - self._last_time, now
+        heights = np.subtract(stats["heights"], last["heights"])
+        accepted = np.subtract(stats["accepted"], last["accepted"])
+        staircases = heights.sum()
+        if not staircases:
+            return
+        stair = np.arange(len(heights))
+        share = {
+            phase: (stats["seconds"][phase] - last["seconds"][phase]) / elapsed
+            for phase in PHASES
+        }
+        logger.info(
+            "Stairs: mean acceptance length: %.2f, mean height: %.2f, height 0: %.0f%% of "
+            "staircases, time in draft: %.0f%%, target: %.0f%%, validation: %.0f%%",
+            1 + (accepted * stair).sum() / staircases,
+            (heights * stair).sum() / staircases,
+            100 * heights[0] / staircases,
+            *(100 * share[phase] for phase in PHASES),
+        )
+
+
+class _StairsCollector:
+    """Reads the counters when ``/metrics`` is scraped."""
+
+    _installed: "_StairsCollector | None" = None
+
+    def __init__(self, counters: Counters, labels: dict[str, str]) -> None:
+        self.sources = [(counters, labels)]
+
+    @classmethod
+    def install(cls, counters: Counters, labels: dict[str, str]) -> None:
+        """Show one more engine's counters; a new engine of the same name replaces the old."""
+        if cls._installed is None:
+            cls._installed = cls(counters, labels)
+            REGISTRY.register(cls._installed)
+            return
+        others = [source for source in cls._installed.sources if source[1] != labels]
+        cls._installed.sources = [*others, (counters, labels)]
+
+    def collect(self) -> Iterable[Any]:
+        """The metric families, in vLLM's naming."""
+        height = HistogramMetricFamily(
+            "vllm:spec_decode_stairs_height",
+            "Height of the staircases that the target verified (0: a step without drafts).",
+            labels=["model_name", "engine"],
+        )
+        length = HistogramMetricFamily(
+            "vllm:spec_decode_stairs_acceptance_length",
+            "Tokens per staircase, the target's own token included.",
+            labels=["model_name", "engine"],
+        )
+        seconds = CounterMetricFamily(
+            "vllm:spec_decode_stairs_time_seconds",
+            "Time of the worker in each phase of a step.",
+            labels=["model_name", "engine", "phase"],
+        )
+        for counters, labels in self.sources:
+            values = list(labels.values())
+            height.add_metric(values, *_histogram(counters.heights, 0))
+            length.add_metric(values, *_histogram(counters.accepted, 1))
+            for phase, spent in counters.seconds().items():
+                seconds.add_metric([*values, phase], spent)
+        return [height, length, seconds]
+
+
+def _histogram(counts: np.ndarray, first: int) -> tuple[list[tuple[str, float]], float]:
+    """Cumulative buckets and sum of integer observations ``first``, ``first + 1``, ..."""
+    cumulative = np.cumsum(counts).tolist()
+    buckets = [(str(float(first + i)), value) for i, value in enumerate(cumulative)]
+    buckets.append(("+Inf", cumulative[-1]))
+    return buckets, float((counts * (first + np.arange(len(counts)))).sum())

@@ -1,0 +1,370 @@
+"""vLLM's V1 model runner with our proposer, scorer and acceptor.
+
+One mixin serves the CPU and the CUDA runner. It takes the place of vLLM's drafting at the one
+method where vLLM decides who drafts, ``propose_draft_token_ids``, after vLLM's bookkeeping: the
+text of every request is then on the host.
+"""
+
+import json
+import time
+from copy import copy
+from typing import IO, Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_stairs.config import request_max_height
+from vllm_stairs.engine.acceptor import StairsRejectionSampler
+from vllm_stairs.engine.metrics import Counters
+from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
+from vllm_stairs.engine.speculative import StairsSpeculativeConfig
+from vllm_stairs.proposer.draft_kv import DraftKVLedger
+from vllm_stairs.proposer.plan import RequestLimits, height_ceiling
+from vllm_stairs.scorer.layouts import expand_rows
+
+logger = init_logger("vllm.stairs.runner")
+
+_MIN_P_EPS = 1e-5
+
+
+class StairsModelRunnerMixin:
+    """What stairs changes in ``GPUModelRunner``; put before it in the bases."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        self._init_stairs()
+
+    def _init_stairs(self: Any) -> None:
+        config = self.speculative_config
+        assert isinstance(config, StairsSpeculativeConfig)
+        # vLLM then proposes after its bookkeeping, with the accepted tokens on the host.
+        config.disable_padded_drafter_batch = True
+        self.drafter = StairsProposer(self.vllm_config, self.device, self)
+        self.rejection_sampler = StairsRejectionSampler(self.sampler, config, self.device)
+        # vLLM leaves the processors of min_p and logit_bias out under speculation. Requests that
+        # need them are served without drafts, so their only row goes through all of them.
+        self.input_batch.logitsprocs = LogitsProcessors(
+            processor(self.vllm_config, self.device, PIN_MEMORY)
+            for processor in BUILTIN_LOGITS_PROCESSORS
+        )
+        self.input_batch.sampling_metadata = self.input_batch._make_sampling_metadata()
+
+        self.stairs_limits: dict[str, RequestLimits] = {}
+        self.stairs_ledger: DraftKVLedger | None = None
+        self.stairs_counters = Counters.attach(
+            config.stairs_counters_file if get_tensor_model_parallel_rank() == 0 else None,
+            config.num_speculative_tokens,
+        )
+        self.stairs_record: IO[str] | None = None
+        if config.stairs.record and get_tensor_model_parallel_rank() == 0:
+            self.stairs_record = open(config.stairs.record, "a", buffering=1)  # noqa: SIM115
+        self._stairs_drafted: dict[str, tuple[list[int], list[float], float]] = {}
+        self._stairs_target_seconds = 0.0
+
+    # ----------------------------------------------------------------------- start-up
+
+    def initialize_kv_cache(
+        self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        """Also start the ledger of the draft's KV cache, and say what the draft costs."""
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)  # type: ignore[misc]
+        group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
+        self.stairs_ledger = DraftKVLedger(
+            kv_cache_config.num_blocks, group.kv_cache_spec.block_size
+        )
+        if not is_profiling and get_tensor_model_parallel_rank() == 0:
+            self._say_what_the_draft_costs(kv_cache_config)
+
+    def _say_what_the_draft_costs(self: Any, kv_cache_config: Any) -> None:
+        draft_layers = self.drafter._draft_attn_layer_names
+        per_token = {True: 0.0, False: 0.0}
+        for group in kv_cache_config.kv_cache_groups:
+            specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+            for name in group.layer_names:
+                spec = specs[name] if specs is not None else group.kv_cache_spec
+                per_token[name in draft_layers] += spec.page_size_bytes / spec.block_size
+        draft, target = per_token[True], per_token[False]
+        weights = sum(p.numel() * p.element_size() for p in self.drafter.model.parameters())
+        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        tokens = kv_cache_config.num_blocks * block_size
+        without = tokens * (draft + target) / target if target else tokens
+        logger.info(
+            "Stairs: draft %s costs %.1f MiB of weights (per rank) and %.1f of %.1f KiB of KV "
+            "cache per token; the KV cache holds %d tokens (%.1f requests of %d) instead of %d "
+            "(%.1f). Largest height %d, layout %s.",
+            self.speculative_config.draft_model_config.model,
+            weights / 2**20,
+            draft / 2**10,
+            (draft + target) / 2**10,
+            tokens,
+            tokens / self.max_model_len,
+            self.max_model_len,
+            without,
+            without / self.max_model_len,
+            self.num_spec_tokens,
+            self.speculative_config.stairs.layout,
+        )
+
+    # ------------------------------------------------------------------- requests, blocks
+
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        """Also follow requests and blocks: which draft KV is gone, what a request allows."""
+        ledger = self.stairs_ledger
+        group = self.drafter.kv_cache_gid
+        for req_id in scheduler_output.finished_req_ids:
+            self.stairs_limits.pop(req_id, None)
+            self._stairs_drafted.pop(req_id, None)
+            ledger.release(req_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            self.stairs_limits[new.req_id] = _limits(new, self.num_spec_tokens)
+            ledger.admit(new.req_id, new.block_ids[group], new.num_computed_tokens)
+        cached = scheduler_output.scheduled_cached_reqs
+        for req_id, new_blocks, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if new_blocks is None:
+                continue
+            if req_id in cached.resumed_req_ids:
+                ledger.admit(req_id, new_blocks[group], num_computed)
+            else:
+                ledger.extend(new_blocks[group])
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    # --------------------------------------------------------------------------- scorer
+
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Also time the target's pass."""
+        start = time.perf_counter()
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if scheduler_output.total_num_scheduled_tokens:
+                self._stairs_target_seconds = time.perf_counter() - start
+                self.stairs_counters.add_time("target", self._stairs_target_seconds)
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Also lay the stairs out as rows of their own, where the expanded layout is wanted."""
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
+        if (
+            self.speculative_config.stairs.layout == "expanded"
+            and common is not None
+            and kwargs.get("use_spec_decode")
+            and not kwargs.get("for_cudagraph_capture")
+        ):
+            self._expand(metadata, common, kwargs.get("slot_mappings"))
+        return metadata, common
+
+    def _expand(self: Any, metadata: dict[str, Any], common: Any, slot_mappings: Any) -> None:
+        """Replace the target's attention metadata by that of the expanded batch."""
+        num_reqs = common.num_reqs
+        is_staircase = self.num_decode_draft_tokens.np[:num_reqs] > 0
+        if not is_staircase.any():
+            return
+        rows = expand_rows(
+            common.query_start_loc_cpu.numpy(),
+            common.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
+            is_staircase,
+        )
+        source = async_tensor_h2d(rows.source, device=self.device)
+        query_start_loc_cpu = torch.from_numpy(rows.query_start_loc)
+        seq_lens_cpu = torch.from_numpy(rows.seq_lens)
+        expanded = copy(common)
+        expanded.num_reqs = len(rows.source)
+        expanded.query_start_loc_cpu = query_start_loc_cpu
+        expanded.query_start_loc = async_tensor_h2d(query_start_loc_cpu, device=self.device)
+        expanded.seq_lens = async_tensor_h2d(seq_lens_cpu, device=self.device)
+        expanded.seq_lens_cpu_upper_bound = seq_lens_cpu
+        expanded.max_query_len = int(np.diff(rows.query_start_loc).max())
+        if common.is_prefilling is not None:
+            expanded.is_prefilling = common.is_prefilling[
+                torch.from_numpy(rows.source).to(common.is_prefilling.device)
+            ]
+        expanded._num_computed_tokens_cache = None
+        expanded._token_to_req_indices_cache = None
+        for gid, groups in enumerate(self.attn_groups):
+            table = self.input_batch.block_table[gid].get_device_tensor(num_reqs)
+            expanded.block_table_tensor = table[source]
+            if gid > 0:
+                expanded.slot_mapping = slot_mappings[gid]
+            for group in groups:
+                if set(group.layer_names) <= self.drafter._draft_attn_layer_names:
+                    continue
+                group_metadata = group.build_metadata(copy(expanded))
+                for layer in group.layer_names:
+                    metadata[layer] = group_metadata
+
+    # ------------------------------------------------------------------------- acceptor
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Also time validation; a step without any draft is sampled as in plain vLLM."""
+        start = time.perf_counter()
+        if spec_decode_metadata is not None and spec_decode_metadata.max_spec_len == 0:
+            spec_decode_metadata = None
+        output = super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        self.stairs_counters.add_time("validation", time.perf_counter() - start)
+        return output
+
+    # ------------------------------------------------------------------------- proposer
+
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        """Decided per request in :meth:`propose_draft_token_ids`, not by the longest one."""
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(
+        self: Any,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: Any,
+        sample_hidden_states: Any,
+        aux_hidden_states: Any,
+        spec_decode_metadata: Any,
+        common_attn_metadata: Any,
+        slot_mappings: Any,
+    ) -> list[list[int]]:
+        """Write the next staircases; see ``GPUModelRunner.propose_draft_token_ids``.
+
+        Args:
+            sampled_token_ids: per row the tokens of this step, empty in mid-prefill; vLLM's
+                bookkeeping has appended them to the host's token ids already.
+
+        Returns:
+            Per row its drafts, of any length up to the largest height.
+        """
+        start = time.perf_counter()
+        heights_before = self.num_decode_draft_tokens.np[: len(sampled_token_ids)]
+        self._observe(sampled_token_ids, heights_before, scheduler_output)
+
+        req_ids = self.input_batch.req_ids
+        batch = self._plan(
+            sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule, sampling_metadata
+        )
+        drafts: list[list[int]] = [[] for _ in req_ids]
+        if len(batch):
+            written = self.drafter.draft(
+                batch,
+                self.input_batch.token_ids_cpu,
+                self.input_batch.block_table[self.drafter.kv_cache_gid],
+                sampling_metadata,
+                want_confidences=self.stairs_record is not None,
+            )
+            for row, token_ids in zip(batch.rows.tolist(), written.token_ids, strict=True):
+                drafts[row] = token_ids
+            self._after_drafting(batch, written)
+        self.stairs_counters.add_time("draft", time.perf_counter() - start)
+        return drafts
+
+    def _plan(
+        self: Any, sampled_token_ids: list[list[int]], max_height: int, sampling_metadata: Any
+    ) -> DraftBatch:
+        """Who drafts how much in this step."""
+        req_ids = self.input_batch.req_ids
+        num_tokens = self.input_batch.num_tokens_no_spec[: len(req_ids)].tolist()
+        group = self.drafter.kv_cache_gid
+        # vLLM's rejection sampler has no logprobs of chosen ids; such a batch decodes plainly.
+        if sampling_metadata.logprob_token_ids:
+            max_height = 0
+        chosen: list[tuple[int, int, int, int]] = []
+        for row, req_id in enumerate(req_ids):
+            block_ids = self.requests[req_id].block_ids[group]
+            confirmed = num_tokens[row] - 1
+            self.stairs_ledger.settle(req_id, block_ids, confirmed)
+            if not sampled_token_ids[row]:
+                continue
+            height = height_ceiling(
+                self.stairs_limits[req_id],
+                num_tokens[row],
+                sampled_token_ids[row][-1],
+                max_height,
+                self.max_model_len,
+                self.effective_drafter_max_model_len,
+            )
+            if height:
+                valid = self.stairs_ledger.valid_tokens(req_id, block_ids, confirmed)
+                chosen.append((row, num_tokens[row], valid, height))
+        columns = np.asarray(chosen, dtype=np.int64).reshape(-1, 4).T
+        return DraftBatch(*columns)
+
+    def _after_drafting(self: Any, batch: DraftBatch, written: Drafts) -> None:
+        req_ids = self.input_batch.req_ids
+        # The last draft is never read by the draft model itself.
+        read = (batch.num_tokens + batch.heights - 1).tolist()
+        for index, row in enumerate(batch.rows.tolist()):
+            self.stairs_ledger.wrote(req_ids[row], read[index])
+            if written.confidences is not None:
+                self._stairs_drafted[req_ids[row]] = (
+                    written.token_ids[index],
+                    written.confidences[index],
+                )
+        if written.probabilities is not None:
+            self._draft_probs = written.probabilities
+            self._draft_prob_req_ids = [req_ids[row] for row in batch.rows.tolist()]
+
+    # -------------------------------------------------------------------------- counters
+
+    def _observe(
+        self: Any,
+        sampled_token_ids: list[list[int]],
+        heights: np.ndarray,
+        scheduler_output: Any,
+    ) -> None:
+        """Count what became of the staircases of this step (``heights`` -1: prefill)."""
+        emitted = np.fromiter(map(len, sampled_token_ids), np.int64, len(sampled_token_ids))
+        staircases = (heights >= 0) & (emitted > 0)
+        self.stairs_counters.observe(heights[staircases], emitted[staircases] - 1)
+        if self.stairs_record is None:
+            return
+        for row in np.flatnonzero(staircases).tolist():
+            req_id = self.input_batch.req_ids[row]
+            draft, confidence = self._stairs_drafted.pop(req_id, ([], []))
+            height = int(heights[row])
+            line = {
+                "request": req_id,
+                "position": int(self.input_batch.num_tokens_no_spec[row] - emitted[row]),
+                "draft": draft[:height],
+                "probability": [round(value, 6) for value in confidence[:height]],
+                "emitted": sampled_token_ids[row],
+                "rows": scheduler_output.total_num_scheduled_tokens,
+                "draft_ms": round(self.stairs_counters.last_draft_seconds * 1e3, 3),
+                "target_ms": round(self._stairs_target_seconds * 1e3, 3),
+            }
+            self.stairs_record.write(json.dumps(line) + "\n")
+
+    def stairs_statistics(self: Any) -> dict[str, Any]:
+        """The counters since start-up (see :class:`vllm_stairs.engine.metrics.Counters`)."""
+        return self.stairs_counters.as_dict()
+
+
+def _limits(request: Any, max_height: int) -> RequestLimits:
+    """What a new request allows."""
+    params = request.sampling_params
+    own = request_max_height(params.extra_args)
+    prompt = request.prompt_token_ids
+    # Positions whose distribution vLLM's rejection sampler does not reproduce, and prompts
+    # that the draft cannot read, are decoded plainly.
+    draftable = (
+        prompt is not None
+        and not params.logit_bias
+        and (params.min_p <= _MIN_P_EPS or params.temperature == 0)
+        and not params.logprob_token_ids
+    )
+    return RequestLimits(
+        max_height=max_height if own is None else min(own, max_height),
+        max_tokens=len(prompt or ()) + params.max_tokens,
+        stop_token_ids=frozenset() if params.ignore_eos else frozenset(params.all_stop_token_ids),
+        draftable=draftable,
+    )
+
+
+class StairsCPUModelRunner(StairsModelRunnerMixin, CPUModelRunner):
+    """The runner on CPU."""
+
+
+class StairsGPUModelRunner(StairsModelRunnerMixin, GPUModelRunner):
+    """The runner on CUDA and ROCm."""

@@ -1,0 +1,44 @@
+"""vLLM's workers with our model runner. Reached through ``ParallelConfig.worker_cls``."""
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
+
+
+class _Statistics:
+    model_runner: Any
+
+    def stairs_statistics(self) -> dict[str, Any]:
+        """Counters of the method; ``llm.collective_rpc("stairs_statistics")[0]``."""
+        return self.model_runner.stairs_statistics()
+
+
+class StairsGPUWorker(_Statistics, Worker):
+    """vLLM's worker on CUDA and ROCm."""
+
+    def _make_model_runner(self) -> Any:
+        return StairsGPUModelRunner(self.vllm_config, self.device)
+
+
+if current_platform.is_cpu():
+    # On other platforms this import registers CPU-only shared memory.
+    from vllm.v1.worker import cpu_worker
+
+    class StairsCPUWorker(_Statistics, cpu_worker.CPUWorker):
+        """vLLM's worker on CPU."""
+
+        def init_device(self) -> None:
+            """As in vLLM, which names the runner's class inside this method.
+
+            Patched: the module global ``cpu_worker.CPUModelRunner``, for the time of the call.
+            Retired by: ``CPUWorker`` using ``_make_model_runner`` as the GPU worker does.
+            """
+            stock = cpu_worker.CPUModelRunner
+            cpu_worker.CPUModelRunner = StairsCPUModelRunner  # type: ignore[misc]
+            try:
+                super().init_device()
+            finally:
+                cpu_worker.CPUModelRunner = stock  # type: ignore[misc]

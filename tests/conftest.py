@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 # Before vLLM is imported anywhere. Engines run in the test's own process unless a test is about
-# processes; 1 GiB of KV cache is more than any of them needs.
+# processes.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -18,6 +18,7 @@ COMMON: dict[str, Any] = {
     "max_model_len": 256,
     "max_num_seqs": 16,
     "block_size": 32,
+    "kv_cache_memory_bytes": 64 * 2**20,
     "disable_log_stats": True,
     "seed": 0,
 }

@@ -1,25 +1,32 @@
 """Stairs validation in place of vLLM's rejection sampler.
 
-Greedy requests whose logits need no treatment are validated here; everything else (sampling,
-logprobs, penalties, bad words, ...) goes to vLLM's own rejection sampler, which is lossless in
-distribution (Leviathan et al., arXiv 2211.17192).
+Greedy requests whose logits need no treatment take the short way. Everything else goes through
+vLLM's own treatment of logits (penalties, bad words, masks, top-k, top-p) and of logprobs, and
+our acceptance in between: vLLM 0.32 reads the temperature of drafted positions from
+uninitialised memory on CPU (``cpu_triton_utils._expand_kernel_impl`` writes to an integer copy),
+so that sampled output under its speculation does not follow the target there; and it leaves
+``min_p`` and ``logit_bias`` out, so that it has to refuse them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
     MinTokensLogitsProcessor,
 )
-from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import RejectionSampler, generate_uniform_probs
 
 from vllm_stairs.acceptor.greedy import validate_batch
+from vllm_stairs.acceptor.sampled import validate_sampled_batch
 
 
 class StairsRejectionSampler(RejectionSampler):
-    """vLLM's rejection sampler with stairs validation for plain greedy batches."""
+    """vLLM's rejection sampler with our acceptance."""
 
     def forward(
         self,
@@ -28,20 +35,140 @@ class StairsRejectionSampler(RejectionSampler):
         logits: torch.Tensor,
         sampling_metadata: Any,
     ) -> SamplerOutput:
-        """See ``RejectionSampler.forward``; same shapes, same result."""
-        if self.synthetic_mode or not _takes_raw_argmax(sampling_metadata):
+        """See ``RejectionSampler.forward``: same shapes, same meaning.
+
+        Args:
+            metadata: ``SpecDecodeMetadata``: drafts and the rows that they stand for.
+            draft_probs: ``[drafts, vocabulary]`` or None.
+            logits: ``[drafts + batch, vocabulary]``, the staircases one after the other.
+            sampling_metadata: of the batch.
+        """
+        if self.synthetic_mode:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
-        # vLLM lays the rows of the logits out request by request: a staircase each.
-        predictions = self.sampler.greedy_sample(logits.to(torch.float32))
         num_drafts = metadata.cu_num_draft_tokens.diff(
             prepend=metadata.cu_num_draft_tokens.new_zeros(1)
+        ).to(torch.int64)
+        if _takes_raw_argmax(sampling_metadata):
+            predictions = self.sampler.greedy_sample(logits.to(torch.float32))
+            return SamplerOutput(
+                sampled_token_ids=validate_batch(
+                    metadata.draft_token_ids, num_drafts, predictions, metadata.max_spec_len
+                ),
+                logprobs_tensors=None,
+            )
+        return self._validate_processed(
+            metadata, num_drafts, draft_probs, logits, sampling_metadata
         )
-        return SamplerOutput(
-            sampled_token_ids=validate_batch(
-                metadata.draft_token_ids, num_drafts, predictions, metadata.max_spec_len
+
+    def _validate_processed(
+        self,
+        metadata: Any,
+        num_drafts: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: Any,
+    ) -> SamplerOutput:
+        # The target's token after a whole staircase: an ordinary sample.
+        top = self.sampler(
+            logits=logits[metadata.bonus_logits_indices],
+            sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1),
+            predict_bonus_token=True,
+            logprobs_mode_override="processed_logits"
+            if self.is_processed_logprobs_mode
+            else "raw_logits",
+        )
+        raw = logits[metadata.target_logits_indices].to(torch.float32)
+        processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
+        processed = self._constrain(processed, num_drafts, sampling_metadata)
+
+        sampled_token_ids = validate_sampled_batch(
+            draft_token_ids=metadata.draft_token_ids,
+            num_drafts=num_drafts,
+            target_logits=processed,
+            draft_probs=draft_probs,
+            next_token_ids=top.sampled_token_ids[:, 0],
+            uniform=generate_uniform_probs(
+                metadata.draft_token_ids.shape[0],
+                metadata.num_draft_tokens,
+                sampling_metadata.generators,
+                logits.device,
             ),
-            logprobs_tensors=None,
+            noise=_exponential_noise(metadata.num_draft_tokens, processed, sampling_metadata),
+            is_greedy=_is_greedy(sampling_metadata, num_drafts),
+            max_height=metadata.max_spec_len,
         )
+        logprobs = None
+        if sampling_metadata.max_num_logprobs is not None:
+            logprobs = self._get_logprobs_tensors(
+                sampling_metadata.max_num_logprobs,
+                metadata,
+                logits,
+                processed if self.is_processed_logprobs_mode else raw,
+                top.logprobs_tensors.logprobs,
+                sampled_token_ids,
+            )
+        return SamplerOutput(sampled_token_ids=sampled_token_ids, logprobs_tensors=logprobs)
+
+    def _constrain(
+        self, logits: torch.Tensor, num_drafts: torch.Tensor, sampling_metadata: Any
+    ) -> torch.Tensor:
+        """What vLLM's sampler does beyond ``apply_logits_processors``, on drafted rows.
+
+        In its order: logit bias, temperature, min_p, top-k and top-p.
+
+        Args:
+            logits: ``[drafts, vocabulary]``; changed in place.
+            num_drafts: ``[batch]``.
+        """
+        request = torch.repeat_interleave(
+            torch.arange(len(num_drafts), device=logits.device),
+            num_drafts,
+            output_size=logits.shape[0],
+        )
+        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+            if isinstance(processor, LogitBiasLogitsProcessor):
+                for index, bias in processor.biases.items():
+                    rows = (request == index).nonzero()
+                    ids = torch.tensor(list(bias), device=logits.device)
+                    logits[rows, ids] += torch.tensor(list(bias.values()), device=logits.device)
+        if sampling_metadata.all_greedy:
+            return logits
+        temperature = sampling_metadata.temperature[request]
+        logits.div_(torch.where(temperature == 0, 1.0, temperature)[:, None])
+        for processor in sampling_metadata.logitsprocs.argmax_invariant:
+            if isinstance(processor, MinPLogitsProcessor) and processor.min_p_count:
+                probs = logits.softmax(-1)
+                least = probs.amax(-1, keepdim=True) * processor.min_p[request]
+                logits.masked_fill_(probs < least, -float("inf"))
+        top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
+        return apply_top_k_top_p(
+            logits,
+            None if top_k is None else top_k[request],
+            None if top_p is None else top_p[request],
+        )
+
+
+def _is_greedy(sampling_metadata: Any, num_drafts: torch.Tensor) -> torch.Tensor | None:
+    """``[batch]``, bool, or None where nobody is greedy."""
+    if sampling_metadata.all_random:
+        return None
+    if sampling_metadata.all_greedy:
+        return torch.ones_like(num_drafts, dtype=torch.bool)
+    return sampling_metadata.temperature == 0
+
+
+def _exponential_noise(
+    num_draft_tokens: list[int], logits: torch.Tensor, sampling_metadata: Any
+) -> torch.Tensor:
+    """``[batch, vocabulary]``; one draw per request is enough, for one token is replaced."""
+    noise = torch.empty(
+        len(num_draft_tokens), logits.shape[-1], dtype=torch.float32, device=logits.device
+    ).exponential_()
+    for index, generator in sampling_metadata.generators.items():
+        # As in vLLM: a request without drafts must not use its generator up.
+        if num_draft_tokens[index] > 0:
+            noise[index].exponential_(generator=generator)
+    return noise
 
 
 def _takes_raw_argmax(sampling_metadata: Any) -> bool:

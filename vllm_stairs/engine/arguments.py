@@ -286,6 +286,8 @@ def _check_engine(engine_args: Any, target: Any, parallel: Any) -> None:
 
 def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
     """The other keys of vLLM's ``speculative_config``: each works or stops here."""
+    from vllm.platforms import current_platform
+
     for key, value in values.items():
         if value is None or value is False:
             continue
@@ -304,6 +306,10 @@ def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
         raise ValueError(
             "rejection_sample_method='block' exists in vLLM's V2 model runner only; 'stairs' "
             "takes 'standard' (default) or 'synthetic'."
+        )
+    if values.get("rejection_sample_method") == "synthetic" and current_platform.is_cpu():
+        raise ValueError(
+            "rejection_sample_method='synthetic' does not exist in vLLM's CPU build: leave it out."
         )
     draft_size = values.get("draft_tensor_parallel_size")
     if draft_size is not None and draft_size != tensor_parallel_size:

@@ -120,6 +120,42 @@ HOOKS: tuple[Hook, ...] = (
         "stairs validation",
     ),
     _hook(
+        "v1.sample.rejection_sampler",
+        "RejectionSampler.apply_logits_processors",
+        "self logits sampling_metadata metadata",
+        "penalties and masks on drafted rows",
+    ),
+    _hook(
+        "v1.sample.rejection_sampler",
+        "RejectionSampler._get_logprobs_tensors",
+        "self max_num_logprobs metadata logits target_logits bonus_logits sampled_token_ids",
+        "logprobs of what was kept",
+    ),
+    _hook(
+        "v1.sample.rejection_sampler",
+        "generate_uniform_probs",
+        "num_tokens num_draft_tokens generators device",
+        "random numbers, seeded per request",
+    ),
+    _hook(
+        "v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", "logits k p", "on drafted rows"
+    ),
+    _hook(
+        "v1.sample.logits_processor.builtin",
+        "MinPLogitsProcessor",
+        None,
+        "min_p on drafted rows",
+        "min_p",
+        "min_p_count",
+    ),
+    _hook(
+        "v1.sample.logits_processor.builtin",
+        "LogitBiasLogitsProcessor",
+        None,
+        "logit_bias on drafted rows",
+        "biases",
+    ),
+    _hook(
         _PROPOSER,
         "SpecDecodeBaseProposer._raise_if_padded_drafter_batch_disabled",
         "self",

@@ -1,11 +1,10 @@
 """Requests that plain vLLM accepts are accepted.
 
 vLLM refuses ``min_p`` and ``logit_bias`` under any speculation, because its rejection sampler
-does not apply them to drafted positions. With stairs such a request is served: without drafts,
-by the sampler that plain vLLM would use (see ``StairsModelRunner``).
+does not apply them to drafted positions. Ours does (:mod:`vllm_stairs.engine.acceptor`).
 
 Patched: ``SamplingParams._validate_spec_decode``. Retired by: a rejection sampler upstream that
-applies every logits processor, or a per-request way to turn speculation off.
+applies every logits processor.
 """
 
 from typing import Any

@@ -30,8 +30,6 @@ from vllm_stairs.scorer.layouts import expand_rows
 
 logger = init_logger("vllm.stairs.runner")
 
-_MIN_P_EPS = 1e-5
-
 
 class StairsModelRunnerMixin:
     """What stairs changes in ``GPUModelRunner``; put before it in the bases."""
@@ -47,8 +45,7 @@ class StairsModelRunnerMixin:
         config.disable_padded_drafter_batch = True
         self.drafter = StairsProposer(self.vllm_config, self.device, self)
         self.rejection_sampler = StairsRejectionSampler(self.sampler, config, self.device)
-        # vLLM leaves the processors of min_p and logit_bias out under speculation. Requests that
-        # need them are served without drafts, so their only row goes through all of them.
+        # vLLM leaves the processors of min_p and logit_bias out under speculation.
         self.input_batch.logitsprocs = LogitsProcessors(
             processor(self.vllm_config, self.device, PIN_MEMORY)
             for processor in BUILTIN_LOGITS_PROCESSORS
@@ -346,14 +343,9 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
     params = request.sampling_params
     own = request_max_height(params.extra_args)
     prompt = request.prompt_token_ids
-    # Positions whose distribution vLLM's rejection sampler does not reproduce, and prompts
-    # that the draft cannot read, are decoded plainly.
-    draftable = (
-        prompt is not None
-        and not params.logit_bias
-        and (params.min_p <= _MIN_P_EPS or params.temperature == 0)
-        and not params.logprob_token_ids
-    )
+    # The draft cannot read a prompt of embeddings; and vLLM's speculation has no logprobs of
+    # chosen ids.
+    draftable = prompt is not None and not params.logprob_token_ids
     return RequestLimits(
         max_height=max_height if own is None else min(own, max_height),
         max_tokens=len(prompt or ()) + params.max_tokens,

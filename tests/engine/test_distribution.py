@@ -143,15 +143,17 @@ def test_plain_sampling_passes(tiny: TinyModels) -> None:
 def test_the_test_fails_a_wrong_acceptor(
     tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An acceptor that keeps drafts a little too gladly is found out."""
+    """An acceptor that keeps drafts a little too gladly (20 % of what it should drop)."""
     from vllm_stairs.engine import acceptor
 
     right = acceptor.validate_sampled_batch
 
     def too_glad(**kwargs: Any) -> Any:
-        return right(**{**kwargs, "uniform": kwargs["uniform"] * 0.8})
+        uniform = kwargs["uniform"]
+        forgiven = (uniform * 1e6) % 1 < 0.2
+        return right(**{**kwargs, "uniform": uniform.masked_fill(forgiven, 0.0)})
 
     monkeypatch.setattr(acceptor, "validate_sampled_batch", too_glad)
     expected = exact_distribution(plain(tiny.target, max_logprobs=96))
     engine = sampling_engine(tiny, "target", "greedy")
-    assert p_value(sample(engine, seed=8), expected) < 1e-6
+    assert p_value(sample(engine, seed=8), expected) < 1e-4

@@ -1,0 +1,192 @@
+"""Every documented error: one sentence that says what is wrong and what to do."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tests.tiny import TinyModels, copy_model
+from vllm_stairs.engine.speculative import StairsSpeculativeConfig
+
+
+def build(target: Path, config: dict[str, Any], **kwargs: Any) -> Any:
+    """The speculative configuration that the engine would get."""
+    options = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, **kwargs}
+    args = EngineArgs(model=str(target), speculative_config=config, **options)
+    return args.create_engine_config().speculative_config
+
+
+def parse(*argv: str) -> Any:
+    """The speculative configuration of a command line."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--dtype", "float32", "--max-model-len", "256", *argv])
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config().speculative_config
+
+
+def error(target: Path, config: dict[str, Any], **kwargs: Any) -> str:
+    with pytest.raises(ValueError) as raised:
+        build(target, {"method": "stairs", **config}, **kwargs)
+    message = str(raised.value)
+    assert "\n" not in message.strip()
+    return message
+
+
+def test_defaults(tiny: TinyModels) -> None:
+    config = build(tiny.target, {"method": "stairs", "model": str(tiny.noisy)})
+    assert isinstance(config, StairsSpeculativeConfig)
+    assert config.num_speculative_tokens == 4
+    assert config.stairs.layout == "packed"
+    assert "stairs" in repr(config)
+
+
+def test_draft_beside_the_target(tiny: TinyModels, tmp_path: Path) -> None:
+    target = copy_model(tiny.target, tmp_path / "model")
+    message = error(target, {})
+    assert f"{target}-draft" in message
+    assert "--speculative-model" in message
+    copy_model(tiny.noisy, tmp_path / "model-draft")
+    assert build(target, {"method": "stairs"}).model == f"{target}-draft"
+
+
+@pytest.mark.parametrize("flags", ["--speculative-", "--spec-"])
+def test_command_line(tiny: TinyModels, flags: str) -> None:
+    tokens = "--num-speculative-tokens" if flags == "--speculative-" else "--spec-tokens"
+    config = parse(
+        "--model", str(tiny.target), f"{flags}method", "stairs", f"{flags}model",
+        str(tiny.noisy), tokens, "3", "--stairs-layout", "expanded",
+    )  # fmt: skip
+    assert isinstance(config, StairsSpeculativeConfig)
+    assert (config.num_speculative_tokens, config.stairs.layout) == (3, "expanded")
+
+
+def test_other_methods_on_the_command_line(tiny: TinyModels) -> None:
+    config = parse("--model", str(tiny.target), "--spec-method", "ngram", "--spec-tokens", "3")
+    assert type(config).__name__ == "SpeculativeConfig"
+    assert parse("--model", str(tiny.target)) is None
+
+
+def test_command_line_errors(tiny: TinyModels, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--model", str(tiny.target), "--stairs-layout", "packed")
+    assert ended.value.code == 2
+    assert "add --speculative-method stairs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--model", str(tiny.target), "--speculative-method", "stairs",
+              "--speculative-model", "./nowhere")  # fmt: skip
+    assert "./nowhere: there is no such folder" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        parse("--stairs-layout", "spiral")
+
+
+def test_help_names_every_flag() -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    text = parser.format_help()
+    for flag in ("--speculative-method", "--speculative-model", "--num-speculative-tokens",
+                 "--stairs-layout", "--stairs-record"):  # fmt: skip
+        assert flag in text
+
+
+def test_draft_errors(tiny: TinyModels, tmp_path: Path) -> None:
+    assert "no such folder" in error(tiny.target, {"model": "/nowhere/at/all"})
+    assert "no config.json" in error(tiny.target, {"model": str(tmp_path)})
+    message = error(tiny.target, {"model": "somebody/some-model"})
+    assert "not in the local cache" in message
+    message = error(tiny.target, {"model": str(tiny.foreign)})
+    assert "another tokenizer" in message
+    assert "use_heterogeneous_vocab" in message
+
+
+@pytest.mark.parametrize("height", [0, -1, 65, 1.5, "4", True])
+def test_height_out_of_range(tiny: TinyModels, height: object) -> None:
+    message = error(tiny.target, {"model": str(tiny.noisy), "num_speculative_tokens": height})
+    assert "whole number from 1 to 64" in message
+
+
+def test_height_larger_than_the_engine(tiny: TinyModels) -> None:
+    config = {"model": str(tiny.noisy), "num_speculative_tokens": 31}
+    assert "from 1 to 30" in error(tiny.target, config, max_model_len=32)
+    assert "from 1 to 14" in error(
+        tiny.target, config, max_num_batched_tokens=16, max_num_seqs=4, max_model_len=256
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"stairs_hight": 3}, "Unknown option 'stairs_hight'"),
+        ({"stairs_layout": "spiral"}, "'packed' or 'expanded'"),
+        ({"parallel_drafting": True}, "parallel_drafting"),
+        ({"rejection_sample_method": "block"}, "V2 model runner only"),
+        ({"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}, "CPU"),
+        ({"use_local_argmax_reduction": True}, "use_local_argmax_reduction"),
+        ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size=2"),
+        ({"prompt_lookup_max": 3}, "another speculative method"),
+        ({"suffix_decoding_max_tree_depth": 3}, "another speculative method"),
+        ({"enable_adaptive_verification": True}, "another speculative method"),
+        ({"num_speculative_tokens_per_batch_size": [[2, 4, 1]]}, "must start at 1"),
+        ({"max_model_len": 100_000}, "max_model_len (100000)"),
+        ({"quantization": "nonsense"}, "nonsense"),
+        ({"temperatur": 1}, "no key 'temperatur'"),
+    ],
+)
+def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> None:
+    assert expected in error(tiny.target, {"model": str(tiny.noisy), **config})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"worker_cls": "a.B"}, "leave --worker-cls out"),
+        ({"async_scheduling": True}, "leave --async-scheduling out"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"data_parallel_size": 2}, "--data-parallel-size"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"logits_processors": ["a.B"]}, "--logits-processors"),
+    ],
+)
+def test_engines_that_cannot_have_stairs(
+    tiny: TinyModels, kwargs: dict[str, Any], expected: str
+) -> None:
+    assert expected.lower() in error(tiny.target, {"model": str(tiny.noisy)}, **kwargs).lower()
+
+
+def test_v2_runner_forced(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in error(tiny.target, {"model": str(tiny.noisy)})
+
+
+def test_options_of_another_method(tiny: TinyModels) -> None:
+    with pytest.raises(ValueError, match="stairs_layout belongs to.*'ngram'"):
+        build(tiny.target, {"method": "ngram", "num_speculative_tokens": 2,
+                            "stairs_layout": "packed"})  # fmt: skip
+
+
+def test_keys_that_work(tiny: TinyModels) -> None:
+    config = build(
+        tiny.target,
+        {
+            "method": "stairs",
+            "model": str(tiny.noisy),
+            "num-speculative-tokens": 3,
+            "revision": "main",
+            "max_model_len": 128,
+            "draft_tensor_parallel_size": 1,
+            "draft_sample_method": "probabilistic",
+            "rejection_sample_method": "standard",
+            "disable_padded_drafter_batch": True,
+        },
+    )
+    assert config.draft_model_config.max_model_len == 128
+
+
+def test_the_worker_gets_openmp(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_stairs.engine import cpu
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("LD_PRELOAD", "libother.so")
+    build(tiny.target, {"method": "stairs", "model": str(tiny.noisy)})
+    if cpu.find_openmp() is not None:
+        assert os.environ["LD_PRELOAD"] == f"{cpu.find_openmp()}:libother.so"

@@ -1,0 +1,281 @@
+import json
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_stairs import staircase
+from vllm_stairs.bench import costs, policies, record, replay
+from vllm_stairs.bench.costs import CostModel, Curve
+from vllm_stairs.bench.errors import BenchError
+
+FLAT = CostModel(Curve({1: 1.0}), Curve({1: 10.0}), 0.5)
+
+
+class Pair:
+    """A target and a greedy draft that agrees with it at random places of the text."""
+
+    def __init__(self, seed, length, rate, vocabulary=50):
+        source = random.Random(seed)
+        self.text = [source.randrange(vocabulary) for _ in range(length)]
+        self.agrees = [source.random() < rate for _ in range(length)]
+
+    def draft(self, position, height):
+        """What the draft writes after ``text[:position]``: right up to its first mistake."""
+        written = []
+        for index in range(position, position + height):
+            right = self.agrees[index] and written == self.text[position:index]
+            written.append(self.text[index] if right else -1 - index)
+        return written
+
+    def decode(self, height):
+        """Decode with stairs of this height, with the reference; yields record lines."""
+        position, lines = 0, []
+        while position < len(self.text):
+            own = min(height, len(self.text) - position - 1)
+            draft = self.draft(position, own)
+            predictions = self.text[position : position + own + 1]
+            emitted = staircase.validate(draft, predictions)
+            lines.append(
+                {
+                    "request": "r",
+                    "position": position,
+                    "draft": draft,
+                    "probability": [0.9 if token >= 0 else 0.2 for token in draft],
+                    "emitted": emitted,
+                    "rows": own + 1,
+                    "draft_ms": 2.0 * own,
+                    "target_ms": 10.0 + own,
+                }
+            )
+            position += len(emitted)
+        return lines
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return record.load(path)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60), st.floats(0, 0.8), st.integers(0, 4))
+def test_a_shorter_height_is_replayed_exactly(tmp_path_factory, seed, length, rate, height):
+    pair = Pair(seed, length, rate)
+    recorded = pair.decode(60)  # Taller than any run of agreements: nothing is unknown.
+    path = tmp_path_factory.mktemp("r") / "record.jsonl"
+    if not any(line["draft"] for line in recorded):
+        return
+    found = write(path, recorded)
+    score = replay.replay(found, policies.Fixed(height), FLAT)
+    truth = pair.decode(height)
+    if score.guessed == 0:
+        assert score.steps == len(truth)
+        assert score.heights[-1] == sum(
+            len(line["draft"]) == len(score.heights) - 1 for line in truth
+        )
+    assert score.tokens == length
+
+
+def test_the_recorded_height_reproduces_the_record(tmp_path):
+    pair = Pair(seed=1, length=400, rate=0.6)
+    recorded = pair.decode(4)
+    score = replay.replay(write(tmp_path / "r.jsonl", recorded), policies.Fixed(4), FLAT)
+    assert score.steps == len(recorded)
+    assert score.acceptance_length == pytest.approx(400 / len(recorded))
+    assert score.guessed == 0
+
+
+def test_what_was_not_recorded_is_guessed_at_the_records_rate_and_reported(tmp_path):
+    pair = Pair(seed=2, length=3000, rate=0.7)
+    found = write(tmp_path / "r.jsonl", pair.decode(3))
+    score = replay.replay(found, policies.Fixed(6), FLAT)
+    truth = len(pair.decode(6))
+    assert 0 < score.guessed < 0.5
+    assert score.steps == pytest.approx(truth, rel=0.05)
+
+
+def test_time_adds_up(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(3, 100, 0.5).decode(4))
+    score = replay.replay(found, policies.Fixed(2), FLAT)
+    drafted = sum(height * count for height, count in enumerate(score.heights))
+    assert score.draft_ms == pytest.approx(drafted)
+    assert score.target_ms == 10 * score.steps
+    assert score.overhead_ms == 0.5 * score.steps
+    total = score.draft_ms + score.target_ms + score.overhead_ms
+    assert score.tokens_per_s == pytest.approx(1e3 * score.tokens / total)
+
+
+def test_a_batch_pays_for_its_tallest_draft_and_all_rows(tmp_path):
+    lines = []
+    for name in "ab":
+        lines += [{**line, "request": name} for line in Pair(ord(name), 50, 0.5).decode(4)]
+    found = write(tmp_path / "r.jsonl", lines)
+    by_rows = CostModel(Curve({1: 1.0}), Curve({1: 1.0, 101: 101.0}))
+    one = replay.replay(found, policies.Fixed(0), by_rows, batch=1)
+    two = replay.replay(found, policies.Fixed(0), by_rows, batch=2)
+    assert (one.steps, two.steps) == (100, 50)
+    assert one.target_ms == two.target_ms == 100
+    assert one.tokens == two.tokens == 100
+
+
+def test_plain_is_a_height_of_zero(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(3, 100, 0.5).decode(4))
+    plain, scores = replay.compare(found, [policies.Fixed(2)], FLAT, 1)
+    assert plain.steps == plain.tokens == 100
+    assert plain.mean_height == 0
+    assert scores[0].tokens == 100
+
+
+def test_a_threshold_stops_after_an_unsure_token(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(4, 500, 0.6).decode(8))
+    sure = replay.replay(found, policies.Threshold(0.5, 8), FLAT)
+    fixed = replay.replay(found, policies.Fixed(8), FLAT)
+    # Here the draft knows when it is wrong: it never drafts past a mistake, and loses nothing.
+    assert sure.acceptance_length == pytest.approx(fixed.acceptance_length, rel=0.02)
+    assert sure.mean_height <= sure.acceptance_length
+    assert sure.tokens_per_s > fixed.tokens_per_s
+
+
+def test_gain_stops_drafting_where_drafts_are_worth_nothing(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(5, 2000, 0.02).decode(4))
+    dear = CostModel(Curve({1: 5.0}), Curve({1: 10.0, 5: 20.0}))
+    plain, (gain, fixed) = replay.compare(
+        found, [policies.Gain(4, dear), policies.Fixed(4)], dear, 1
+    )
+    assert gain.tokens_per_s > 0.95 * plain.tokens_per_s
+    assert fixed.tokens_per_s < 0.5 * plain.tokens_per_s
+
+
+def test_gain_finds_tall_stairs_where_drafts_hold(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(6, 2000, 0.95).decode(8))
+    cheap = CostModel(Curve({1: 0.2}), Curve({1: 10.0, 9: 10.5}))
+    _, (gain, best) = replay.compare(found, [policies.Gain(8, cheap), policies.Fixed(8)], cheap, 1)
+    assert gain.tokens_per_s > 0.95 * best.tokens_per_s
+
+
+def test_thousands_of_steps_a_second(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(7, 20000, 0.5).decode(4))
+    start = time.perf_counter()
+    score = replay.replay(found, policies.Threshold(0.5, 4), FLAT)
+    assert score.steps / (time.perf_counter() - start) > 5000
+
+
+def test_costs_are_measured_from_the_record_without_prefill_steps(tmp_path):
+    lines = Pair(8, 60, 0.5).decode(3)
+    lines[4]["rows"] = 200  # A prefill in the same step.
+    lines[4]["target_ms"] = 999.0
+    model = write(tmp_path / "r.jsonl", lines).measured
+    assert model.draft_ms(1) == 2.0
+    assert model.target_ms(4) == 13.0
+    assert model.target_ms(5) < 20
+
+
+def test_a_step_of_several_requests_is_one_point_of_the_cost_model(tmp_path):
+    lines = []
+    for step in range(5):
+        for name in "ab":
+            lines.append(
+                {"request": name, "position": 2 * step, "draft": [1], "probability": [0.5],
+                 "emitted": [1, 2], "rows": 4, "draft_ms": 3.0, "target_ms": 20.0}
+            )  # fmt: skip
+    model = write(tmp_path / "r.jsonl", lines).measured
+    assert model.target_ms.as_dict() == {"4": 20.0}
+    assert model.draft_ms.as_dict() == {"2": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "is empty"),
+        (["{"], ":1: not JSON"),
+        (['{"request": 1}'], ":1: expected an object with request, position"),
+        (['{"request": 1, "position": 0, "draft": [1], "probability": [], "emitted": [1]}'],
+         "differ in length"),
+        (['{"request": 1, "position": 0, "draft": [], "probability": [], "emitted": [1, 2]}'],
+         "more tokens kept"),
+        (['{"request": 1, "position": 0, "draft": [], "probability": [], "emitted": [1]}'],
+         "holds no draft"),
+        (['{"request": 1, "position": 0, "draft": [1], "probability": [1], "emitted": [1, 2]}',
+          '{"request": 1, "position": 5, "draft": [1], "probability": [1], "emitted": [1, 2]}'],
+         "has a gap at position 5"),
+    ],
+)  # fmt: skip
+def test_bad_records_get_one_line(tmp_path, lines, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(BenchError, match=message):
+        record.load(path)
+
+
+def test_curves_interpolate_and_never_go_downhill_beyond_the_end():
+    curve = Curve({2: 10.0, 4: 20.0})
+    assert [curve(n) for n in (1, 2, 3, 4, 6)] == [10, 10, 15, 20, 30]
+    assert Curve({1: 5.0, 2: 4.0})(10) == 4
+    assert Curve({3: 7.0})(100) == 7
+
+
+def test_cost_models_are_read_from_json(tmp_path):
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps(FLAT.as_dict()))
+    assert costs.load(path).as_dict() == FLAT.as_dict()
+    for text in ("{}", '{"draft_ms": {}, "target_ms": {}}', '{"draft_ms": 1, "target_ms": 2}'):
+        path.write_text(text)
+        with pytest.raises(BenchError, match="is not a cost model"):
+            costs.load(path)
+    path.write_text('{"draft_ms": {"1": -1}, "target_ms": {"1": 1}}')
+    with pytest.raises(BenchError, match="must be positive"):
+        costs.load(path)
+
+
+def test_a_cost_model_is_taken_from_profiled_passes():
+    def profile(method, target, draft):
+        return {
+            "method": method,
+            "seconds": {"draft": 1, "target": 1, "validation": 0.1, "rest": 0.1},
+            "steps": 100,
+            "target_ms_by_rows": target,
+            "draft_ms_by_batch": draft,
+        }
+
+    profiles = [
+        profile("plain", {"1": [10.0, 50]}, {}),
+        profile("draft_model", {"5": [12.0, 50]}, {"1": [99.0, 50]}),
+        profile("stairs", {"5": [14.0, 51]}, {"1": [3.0, 50]}),
+    ]
+    model = costs.from_profiles(profiles, "run.json")
+    assert model.target_ms.as_dict() == {"1": 10.0, "5": 14.0}
+    assert model.draft_ms.as_dict() == {"1": 3.0}
+    assert model.overhead_ms == pytest.approx(2.0)
+    with pytest.raises(BenchError, match="no profiled pass"):
+        costs.from_profiles(profiles[:1], "run.json")
+
+
+def test_the_h100_example_is_what_the_data_sheet_gives():
+    from pathlib import Path
+
+    path = Path(costs.__file__).parent / "data" / "h100_example.json"
+    assert json.loads(path.read_text()) == costs.h100_example().as_dict()
+    assert "not measured" in costs.load(path).source
+
+
+@pytest.mark.parametrize(
+    "text", ["fixed", "fixed:-1", "fixed:x", "threshold", "tall:3", "gain:0", "heuristic:1:2:3"]
+)
+def test_unknown_policies_get_one_line(text):
+    with pytest.raises(BenchError, match="unknown policy"):
+        policies.parse(text, height=4, costs=FLAT)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("fixed:0", "fixed:0"),
+        ("threshold:0.4", "threshold:0.4:4"),
+        ("product:0.2:3", "product:0.2:3"),
+        ("heuristic", "heuristic:4:4"),
+        ("gain:2", "gain:2"),
+    ],
+)
+def test_policies_are_read(text, name):
+    assert policies.parse(text, height=4, costs=FLAT).name == name

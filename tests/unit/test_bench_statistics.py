@@ -1,0 +1,48 @@
+import math
+import random
+
+import pytest
+
+from vllm_stairs.bench import statistics
+
+
+def test_median_and_percentile():
+    assert statistics.median([3, 1, 2]) == 2
+    assert statistics.median([4, 1, 2, 3]) == 2.5
+    assert statistics.percentile([10, 20, 30], 0.5) == 20
+    assert statistics.percentile([0, 10], 0.9) == pytest.approx(9)
+    assert statistics.percentile([7], 0.99) == 7
+    with pytest.raises(ValueError):
+        statistics.median([])
+
+
+def test_spread_is_relative_to_the_median():
+    assert statistics.spread([9, 10, 12]) == pytest.approx(0.3)
+    assert statistics.spread([5]) == 0
+
+
+def test_noise_is_unknown_with_one_repeat_and_zero_without_variation():
+    assert statistics.repeat_noise([10]) is None
+    assert statistics.repeat_noise([10, 10, 10]) == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_second_run_lies_within_the_stated_noise_19_times_in_20(count):
+    source = random.Random(count)
+    inside = total = 0
+    for _ in range(3000):
+        first, second = ([math.exp(source.gauss(3, 0.02)) for _ in range(count)] for _ in range(2))
+        means = [math.exp(sum(map(math.log, run)) / count) for run in (first, second)]
+        inside += abs(math.log(means[1] / means[0])) <= math.log1p(statistics.repeat_noise(first))
+        total += 1
+    assert 0.93 < inside / total < 0.97
+
+
+def test_pairing_removes_what_slows_both_arms():
+    base = [10.0, 5.0, 8.0]
+    ratio = statistics.paired_ratio([value * 1.2 for value in base], base)
+    assert ratio.median == pytest.approx(1.2)
+    assert ratio.noise == pytest.approx(0, abs=1e-9)
+    assert (ratio.low, ratio.high) == (pytest.approx(1.2), pytest.approx(1.2))
+    with pytest.raises(ValueError):
+        statistics.paired_ratio([1], [])

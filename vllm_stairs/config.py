@@ -92,8 +92,8 @@ def request_max_height(extra_args: Mapping[str, Any] | None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         value = None
     try:
-        height = int(value)  # type: ignore[arg-type]
-        if height < 0 or float(value) != height:  # type: ignore[arg-type]
+        height = int(value)
+        if height < 0 or float(value) != height:
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(

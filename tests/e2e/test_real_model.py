@@ -72,9 +72,7 @@ def test_bfloat16_differs_only_at_ties(smollm2: Path, plain: dict[str, list[Any]
             compared += 1
             if mine == yours:
                 continue
-            best, second = sorted((x.logprob for x in their.logprobs[i].values()), reverse=True)[
-                :2
-            ]
+            best, second = sorted((x.logprob for x in their.logprobs[i].values()), reverse=True)[:2]
             assert best - second <= 0.25, f"position {i}: {mine} instead of {yours}"
             break
     assert compared > 60

@@ -33,9 +33,7 @@ def stairs(model: Path, draft: Path, height: int = 8, **kwargs: Any) -> LLM:
     """vLLM with stairs; ``stairs_*`` and other keys of speculative_config may be among kwargs."""
     keys = {"num_speculative_tokens_per_batch_size", "draft_sample_method", "max_model_len_draft"}
     config = {
-        key: kwargs.pop(key)
-        for key in list(kwargs)
-        if key.startswith("stairs_") or key in keys
+        key: kwargs.pop(key) for key in list(kwargs) if key.startswith("stairs_") or key in keys
     }
     if "max_model_len_draft" in config:
         config["max_model_len"] = config.pop("max_model_len_draft")

@@ -140,9 +140,7 @@ def test_plain_sampling_passes(tiny: TinyModels) -> None:
     assert p_value(sample(engine, seed=9, constraint="min_p"), expected) > 1e-4
 
 
-def test_the_test_fails_a_wrong_acceptor(
-    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_test_fails_a_wrong_acceptor(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """An acceptor that keeps drafts a little too gladly (20 % of what it should drop)."""
     from vllm_stairs.engine import acceptor
 

@@ -120,9 +120,7 @@ def test_draft_kv_has_no_holes(tiny: TinyModels, opted_out_first: bool) -> None:
     before = statistics(engine)
     continued = f"{text} {' '.join(WORDS[i] for i in written)}"
     texts = [continued, text, continued]
-    assert token_ids(engine, texts, greedy(30)) == token_ids(
-        plain(tiny.target), texts, greedy(30)
-    )
+    assert token_ids(engine, texts, greedy(30)) == token_ids(plain(tiny.target), texts, greedy(30))
     after = statistics(engine)
     assert after["accepted_per_position"][0] - before["accepted_per_position"][0] == (
         after["drafted_per_position"][0] - before["drafted_per_position"][0]
@@ -134,9 +132,7 @@ def test_preemption(tiny: TinyModels, draft: str, layout: str) -> None:
     """A KV cache of 17 blocks of 32 tokens cannot hold 8 requests of 150 tokens."""
     options = {"num_gpu_blocks_override": 18, "max_num_seqs": 8}
     texts = prompts(8, seed=8, longest=60)
-    engine = stairs(
-        tiny.target, getattr(tiny, draft), height=4, stairs_layout=layout, **options
-    )
+    engine = stairs(tiny.target, getattr(tiny, draft), height=4, stairs_layout=layout, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = []
     original = scheduler._preempt_request
@@ -164,9 +160,7 @@ def test_height_by_batch_size_table(tiny: TinyModels) -> None:
     )
     for batch in (1, 6, 12):
         texts = prompts(batch, seed=20 + batch)
-        assert token_ids(engine, texts, greedy()) == token_ids(
-            plain(tiny.target), texts, greedy()
-        )
+        assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
     heights = statistics(engine)["heights"]
     assert heights[0]
     assert heights[2]

@@ -42,9 +42,7 @@ def source_with(tmp_path: Path, code: str) -> Path:
     return tmp_path / "vllm"
 
 
-HOOK = contract.Hook(
-    "vllm.engine.arg_utils", "EngineArgs.create", ("self", "model"), "wrapped", ()
-)
+HOOK = contract.Hook("vllm.engine.arg_utils", "EngineArgs.create", ("self", "model"), "wrapped", ())
 
 
 @pytest.mark.parametrize(

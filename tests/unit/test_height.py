@@ -295,6 +295,15 @@ def test_confidence_pays() -> None:
     assert with_confidence > 1.03 * Confident().run(learned(), 4000)
 
 
+def test_a_shrinking_batch_is_not_learned_anew() -> None:
+    policy = learned()
+    for batch in (16, 12):
+        World(lambda _: 0.7, batch=batch).run(policy, 200)
+    _, value = best_fixed(0.7, 6.0, 10)
+    reached, _ = World(lambda _: 0.7, batch=10, seed=5).run(policy, 40)
+    assert reached >= 0.85 * value
+
+
 def test_interface() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         HeightPolicy(0)

@@ -10,9 +10,7 @@ from vllm_stairs.proposer.draft_kv import DraftKVLedger
 from vllm_stairs.proposer.plan import RequestLimits, height_ceiling, plan_passes
 
 
-@given(
-    backlogs=st.lists(st.integers(1, 50), min_size=1, max_size=10), budget=st.integers(10, 60)
-)
+@given(backlogs=st.lists(st.integers(1, 50), min_size=1, max_size=10), budget=st.integers(10, 60))
 def test_passes_read_everything_once_within_the_budget(backlogs: list[int], budget: int) -> None:
     passes = plan_passes(backlogs, budget)
     assert [sum(column) for column in zip(*passes, strict=True)] == backlogs
@@ -20,9 +18,7 @@ def test_passes_read_everything_once_within_the_budget(backlogs: list[int], budg
     assert all(tokens >= 1 for tokens in passes[-1])
 
 
-LIMITS = RequestLimits(
-    max_height=5, max_tokens=100, stop_token_ids=frozenset({2}), draftable=True
-)
+LIMITS = RequestLimits(max_height=5, max_tokens=100, stop_token_ids=frozenset({2}), draftable=True)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +36,7 @@ LIMITS = RequestLimits(
         ({"max_tokens": 10_000}, 118, 7, 2),  # a draft of 120
     ],
 )
-def test_height_ceiling(
-    changes: dict, num_tokens: int, newest: int, expected: int
-) -> None:
+def test_height_ceiling(changes: dict, num_tokens: int, newest: int, expected: int) -> None:
     limits = RequestLimits(**{**LIMITS.__dict__, **changes})
     draft_max_len = 120 if num_tokens == 118 else 128
     assert height_ceiling(limits, num_tokens, newest, 4, 128, draft_max_len) == expected

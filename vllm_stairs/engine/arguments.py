@@ -116,16 +116,14 @@ def create_speculative_config(
         config.get("method") if isinstance(config, Mapping) else None
     )
     if method != METHOD:
-        stray = sorted(
-            key for key in config if key.replace("-", "_").startswith(OPTION_PREFIX)
-        )
+        stray = sorted(key for key in config if key.replace("-", "_").startswith(OPTION_PREFIX))
         if not stray:
             return original(engine_args, target_model_config, target_parallel_config)
     try:
         if method != METHOD:
             raise ValueError(
                 f"{stray[0]} belongs to the speculative method 'stairs', but the method is "
-                f"{method!r}: add --speculative-method stairs (or \"method\": \"stairs\")."
+                f'{method!r}: add --speculative-method stairs (or "method": "stairs").'
             )
         return build(engine_args, target_model_config, target_parallel_config)
     except ValueError as error:
@@ -391,9 +389,9 @@ def _check_tokenizer(target: Any, values: Mapping[str, Any]) -> None:
     if values.get("use_heterogeneous_vocab") or draft == target.model or target.skip_tokenizer_init:
         return
     target_file, draft_file = (Path(path) / "tokenizer.json" for path in (target.tokenizer, draft))
-    if target_file.is_file() and draft_file.is_file():
-        if target_file.read_bytes() == draft_file.read_bytes():
-            return
+    both_exist = target_file.is_file() and draft_file.is_file()
+    if both_exist and target_file.read_bytes() == draft_file.read_bytes():
+        return
     from vllm.tokenizers import get_tokenizer
 
     try:
@@ -438,9 +436,7 @@ def _construct(values: dict[str, Any]) -> Any:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(
-            f"speculative_config{'.' + where if where else ''}: {message}"
-        ) from None
+        raise ValueError(f"speculative_config{'.' + where if where else ''}: {message}") from None
     except OSError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"Draft model {values['model']}: {first_line}") from None

@@ -83,9 +83,7 @@ HOOKS: tuple[Hook, ...] = (
         "self kv_cache_config is_profiling",
         "the ledger of the draft's KV cache",
     ),
-    _hook(
-        _RUNNER, "GPUModelRunner._update_states", "self scheduler_output", "follows requests"
-    ),
+    _hook(_RUNNER, "GPUModelRunner._update_states", "self scheduler_output", "follows requests"),
     _hook(_RUNNER, "GPUModelRunner.execute_model", "self scheduler_output", "timed"),
     _hook(
         _RUNNER,
@@ -137,9 +135,7 @@ HOOKS: tuple[Hook, ...] = (
         "num_tokens num_draft_tokens generators device",
         "random numbers, seeded per request",
     ),
-    _hook(
-        "v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", "logits k p", "on drafted rows"
-    ),
+    _hook("v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", "logits k p", "on drafted rows"),
     _hook(
         "v1.sample.logits_processor.builtin",
         "MinPLogitsProcessor",
@@ -190,13 +186,9 @@ HOOKS: tuple[Hook, ...] = (
         "block_table",
         "sampling_metadata",
     ),
-    _hook(
-        "v1.worker.gpu_input_batch", "InputBatch._make_sampling_metadata", "self", "refreshed"
-    ),
+    _hook("v1.worker.gpu_input_batch", "InputBatch._make_sampling_metadata", "self", "refreshed"),
     _hook("v1.worker.block_table", "BlockTable.get_numpy_array", "self", "slots of the draft"),
-    _hook(
-        "v1.worker.block_table", "BlockTable.get_device_tensor", "self num_reqs", "block tables"
-    ),
+    _hook("v1.worker.block_table", "BlockTable.get_device_tensor", "self num_reqs", "block tables"),
     _hook(
         "v1.worker.utils",
         "AttentionGroup.build_metadata",
@@ -360,7 +352,7 @@ def check(hook: Hook, source: Path) -> str | None:
                 f"{symbol} takes ({', '.join(names)}) instead of ({', '.join(expected)}) "
                 f"({hook.purpose})"
             )
-    if hook.attributes:
+    if hook.attributes and node is not None:
         present = _attributes(node)
         missing = [name for name in hook.attributes if name not in present]
         if missing:

@@ -119,9 +119,7 @@ class StairsStatLogger(StatLoggerBase):
         config = vllm_config.speculative_config
         if not is_stairs(config) or config.stairs_counters_file is None:
             return
-        self._counters = Counters.attach(
-            config.stairs_counters_file, config.num_speculative_tokens
-        )
+        self._counters = Counters.attach(config.stairs_counters_file, config.num_speculative_tokens)
         self._last = self._counters.as_dict()
         self._last_time = time.monotonic()
         labels = {
@@ -150,8 +148,7 @@ class StairsStatLogger(StatLoggerBase):
             return
         stair = np.arange(len(heights))
         share = {
-            phase: (stats["seconds"][phase] - last["seconds"][phase]) / elapsed
-            for phase in PHASES
+            phase: (stats["seconds"][phase] - last["seconds"][phase]) / elapsed for phase in PHASES
         }
         logger.info(
             "Stairs: mean acceptance length: %.2f, mean height: %.2f, height 0: %.0f%% of "

@@ -67,7 +67,6 @@ class StairsProposer(DraftModelProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any) -> None:
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
-        self.runner = runner
         self.target_vocab_size = vllm_config.model_config.get_vocab_size()
         self.draft_vocab_size = self.draft_model_config.get_vocab_size()
 
@@ -261,7 +260,7 @@ class StairsProposer(DraftModelProposer):
                 logits.float(), sampling, self.use_fp64_gumbel
             )
         else:
-            token_ids = self._most_likely(logits)
+            token_ids = logits.argmax(-1)
         confidence = None
         if want_confidences:
             full = probs if probs is not None else logits.softmax(-1, dtype=torch.float32)
@@ -273,9 +272,6 @@ class StairsProposer(DraftModelProposer):
             probs = torch.nn.functional.pad(probs, (0, missing))
         return token_ids, probs, confidence
 
-    def _most_likely(self, logits: torch.Tensor) -> torch.Tensor:
-        return self.runner.sampler.greedy_sample(logits)
-
     def _collect(self, size: int, columns: Sequence[tuple[Any, ...]]) -> Drafts:
         """Put the steps together, with one transfer to the host."""
         ids = torch.cat([drafted for _, drafted, _, _ in columns]).tolist()
@@ -284,7 +280,7 @@ class StairsProposer(DraftModelProposer):
         for index, token_id in zip(who, ids, strict=True):
             token_ids[index].append(token_id)
 
-        confidences = None
+        confidences: list[list[float]] | None = None
         if columns[0][3] is not None:
             confidences = [[] for _ in range(size)]
             values = torch.cat([confidence for _, _, _, confidence in columns]).tolist()

@@ -37,8 +37,8 @@ if current_platform.is_cpu():
             Retired by: ``CPUWorker`` using ``_make_model_runner`` as the GPU worker does.
             """
             stock = cpu_worker.CPUModelRunner
-            cpu_worker.CPUModelRunner = StairsCPUModelRunner  # type: ignore[misc]
+            cpu_worker.CPUModelRunner = StairsCPUModelRunner
             try:
                 super().init_device()
             finally:
-                cpu_worker.CPUModelRunner = stock  # type: ignore[misc]
+                cpu_worker.CPUModelRunner = stock

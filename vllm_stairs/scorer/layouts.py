@@ -53,7 +53,5 @@ def expand_rows(
     return ExpandedRows(
         source=source,
         query_start_loc=np.append(first_token, query_start_loc[-1]).astype(np.int32),
-        seq_lens=(seq_lens[source] - np.where(is_staircase[source], below_top, 0)).astype(
-            np.int32
-        ),
+        seq_lens=(seq_lens[source] - np.where(is_staircase[source], below_top, 0)).astype(np.int32),
     )

@@ -522,9 +522,11 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, list[Any], str]:
         model = pad_t5(model, t5_shape(arguments.shape))
         shape = t5_shape(arguments.assistant_shape) if arguments.assistant_shape != "none" else None
         if shape is None:
-            # Padded vocabulary, own width: logits must range over the same ids.
+            # The same vocabulary as the target; twice the width, which that needs.
+            own = assistant.config.to_dict()
+            vocabulary = t5_shape("t5-small").vocab_size
             shape = T5Config.from_dict(
-                {**assistant.config.to_dict(), "vocab_size": t5_shape("t5-small").vocab_size}
+                {**own, "vocab_size": vocabulary, "d_model": 2 * own["d_model"]}
             )
         assistant = pad_t5(assistant, shape)
     else:

@@ -55,13 +55,9 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        _versions,
-        _plugin,
-        lambda: _hooks(args.vllm_source, args.hooks),
-    ]
+    checks: list[Callable[[], Iterator[Finding]]] = [lambda: _hooks(args.vllm_source, args.hooks)]
     if args.vllm_source is None:
-        checks += [_platform, _ray]
+        checks = [_versions, _plugin, *checks, _platform, _ray]
     fatal = False
     for check in checks:
         for finding in check():
@@ -117,21 +113,20 @@ def _versions() -> Iterator[Finding]:
 
 
 def _plugin() -> Iterator[Finding]:
-    for group in ("vllm.general_plugins", "vllm.stat_logger_plugins"):
-        points = [p for p in importlib.metadata.entry_points(group=group) if p.name == "stairs"]
-        if not points:
-            yield Finding(f"entry point {group}", "missing", "reinstall vllm-stairs", fatal=True)
-            continue
-        allowed = os.environ.get("VLLM_PLUGINS")
-        if allowed is not None and "stairs" not in allowed.split(","):
-            yield Finding(
-                f"entry point {group}",
-                f"left out by VLLM_PLUGINS={allowed}",
-                "add 'stairs' to VLLM_PLUGINS, or unset it",
-                fatal=group == "vllm.general_plugins",
-            )
-        else:
-            yield Finding(f"entry point {group}", f"{points[0].value}")
+    group = "vllm.general_plugins"
+    points = [p for p in importlib.metadata.entry_points(group=group) if p.name == "stairs"]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not points:
+        yield Finding(f"entry point {group}", "missing", "reinstall vllm-stairs", fatal=True)
+    elif allowed is not None and "stairs" not in allowed.split(","):
+        yield Finding(
+            f"entry point {group}",
+            f"left out by VLLM_PLUGINS={allowed}",
+            "add 'stairs' to VLLM_PLUGINS, or unset it",
+            fatal=True,
+        )
+    else:
+        yield Finding(f"entry point {group}", f"{points[0].value}")
 
 
 def _hooks(source: Path | None, list_all: bool) -> Iterator[Finding]:
@@ -165,7 +160,7 @@ def _platform() -> Iterator[Finding]:
         yield Finding("devices", f"{len(names)} x {names[0]}")
         yield Finding(
             "model runner",
-            "V1, synchronous scheduling, piecewise graphs for the draft",
+            "V1, synchronous scheduling, piecewise CUDA graphs",
             "plain vLLM has the V2 model runner, asynchronous scheduling and full graphs on CUDA; "
             "measure with `vllm-stairs bench run`",
         )

@@ -31,7 +31,12 @@ def plain(model: Path, **kwargs: Any) -> LLM:
 
 def stairs(model: Path, draft: Path, height: int = 8, **kwargs: Any) -> LLM:
     """vLLM with stairs; ``stairs_*`` and other keys of speculative_config may be among kwargs."""
-    keys = {"num_speculative_tokens_per_batch_size", "draft_sample_method", "max_model_len_draft"}
+    keys = {
+        "num_speculative_tokens_per_batch_size",
+        "draft_sample_method",
+        "use_heterogeneous_vocab",
+        "max_model_len_draft",
+    }
     config = {
         key: kwargs.pop(key) for key in list(kwargs) if key.startswith("stairs_") or key in keys
     }

@@ -1,5 +1,6 @@
 """Every documented error: one sentence that says what is wrong and what to do."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def test_draft_errors(tiny: TinyModels, tmp_path: Path) -> None:
     assert "use_heterogeneous_vocab" in message
 
 
+def test_draft_that_vllm_takes_for_another_method(tiny: TinyModels, tmp_path: Path) -> None:
+    folder = copy_model(tiny.noisy, tmp_path / "my-eagle-draft")
+    message = error(tiny.target, {"model": str(folder)})
+    assert "'eagle'" in message
+
+
 @pytest.mark.parametrize("height", [0, -1, 65, 1.5, "4", True])
 def test_height_out_of_range(tiny: TinyModels, height: object) -> None:
     message = error(tiny.target, {"model": str(tiny.noisy), "num_speculative_tokens": height})
@@ -119,17 +126,20 @@ def test_height_larger_than_the_engine(tiny: TinyModels) -> None:
         ({"stairs_hight": 3}, "Unknown option 'stairs_hight'"),
         ({"stairs_layout": "spiral"}, "'packed' or 'expanded'"),
         ({"parallel_drafting": True}, "parallel_drafting"),
-        ({"rejection_sample_method": "block"}, "V2 model runner only"),
+        ({"rejection_sample_method": "block"}, "'standard' (default) or 'synthetic'"),
         ({"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}, "CPU"),
         ({"use_local_argmax_reduction": True}, "use_local_argmax_reduction"),
         ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size=2"),
-        ({"prompt_lookup_max": 3}, "another speculative method"),
-        ({"suffix_decoding_max_tree_depth": 3}, "another speculative method"),
-        ({"enable_adaptive_verification": True}, "another speculative method"),
+        ({"prompt_lookup_max": 3}, "'prompt_lookup_max' is not one that"),
+        ({"suffix_decoding_max_tree_depth": 3}, "leave it out"),
+        ({"enable_adaptive_verification": True}, "leave it out"),
+        ({"stairs": {"layout": "expanded"}}, "leave it out"),
+        ({"draft_model_config": {}}, "leave it out"),
+        ({"stairs_record": "/nowhere/record"}, "cannot be written"),
         ({"num_speculative_tokens_per_batch_size": [[2, 4, 1]]}, "must start at 1"),
         ({"max_model_len": 100_000}, "max_model_len (100000)"),
         ({"quantization": "nonsense"}, "nonsense"),
-        ({"temperatur": 1}, "no key 'temperatur'"),
+        ({"temperatur": 1}, "'temperatur' is not one that"),
     ],
 )
 def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> None:
@@ -190,3 +200,11 @@ def test_the_worker_gets_openmp(tiny: TinyModels, monkeypatch: pytest.MonkeyPatc
     build(tiny.target, {"method": "stairs", "model": str(tiny.noisy)})
     if cpu.find_openmp() is not None:
         assert os.environ["LD_PRELOAD"] == f"{cpu.find_openmp()}:libother.so"
+
+
+def test_statistics_stay_off_where_they_are_off() -> None:
+    """The plugin brings no entry point that would turn them on."""
+    groups = importlib.metadata.entry_points().groups
+    for group in groups:
+        if group.startswith("vllm.") and group != "vllm.general_plugins":
+            assert "stairs" not in importlib.metadata.entry_points(group=group).names

@@ -1,7 +1,9 @@
 """Greedy output of stairs is plain vLLM's, token for token, in float32."""
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +181,59 @@ def test_length_limits(tiny: TinyModels) -> None:
     assert token_ids(short, long_prompt, greedy()) == token_ids(
         plain(tiny.target), long_prompt, greedy()
     )
+
+
+def test_draft_of_another_tokenizer(tiny: TinyModels) -> None:
+    """vLLM's own mapping between vocabularies, on request."""
+    engine = stairs(tiny.target, tiny.foreign, use_heterogeneous_vocab=True)
+    texts = prompts(5, seed=60)
+    assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
+    assert statistics(engine)["drafted_per_position"][0] > 0
+
+
+def test_record(tiny: TinyModels, tmp_path: Path) -> None:
+    """One line per staircase, enough to tell the output and the counters from."""
+    file = tmp_path / "record.jsonl"
+    engine = stairs(tiny.target, tiny.noisy, height=3, stairs_record=str(file))
+    texts = prompts(3, seed=61, longest=10)
+    written = token_ids(engine, texts, greedy(20))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    by_request: dict[str, list[int]] = {}
+    for line in lines:
+        assert len(line["draft"]) == len(line["probability"]) <= 3
+        assert all(0 < p <= 1 for p in line["probability"])
+        kept = line["emitted"]
+        assert kept[:-1] == line["draft"][: len(kept) - 1]
+        if len(kept) <= len(line["draft"]):
+            assert kept[-1] != line["draft"][len(kept) - 1]
+        by_request.setdefault(line["request"], []).extend(kept)
+    # The first token of each request comes from prefill, not from a staircase.
+    assert sorted(by_request.values()) == sorted(text[0][1:] for text in written)
+    stats = statistics(engine)
+    assert stats["staircases"] == len(lines)
+    assert sum(stats["drafted_per_position"]) == sum(len(line["draft"]) for line in lines)
+
+
+def test_logprobs_of_chosen_ids_beside_drafts(tiny: TinyModels) -> None:
+    """Such a request may arrive between a draft and its validation."""
+    engine, reference = stairs(tiny.target, tiny.noisy), plain(tiny.target)
+    texts = prompts(3, seed=62, longest=10)
+    chosen = greedy(20, logprobs=3, logprob_token_ids=[5, 9, 14])
+    expected = [
+        token_ids(reference, [text], params)[0][0]
+        for text, params in zip(texts, [greedy(40), greedy(40), chosen], strict=True)
+    ]
+    core = engine.llm_engine
+    for i in (0, 1):
+        core.add_request(f"beside-{i}", texts[i], greedy(40))
+    finished = {}
+    for step in range(100):
+        if step == 3:
+            core.add_request("beside-2", texts[2], chosen)
+        for output in core.step():
+            if output.finished:
+                finished[int(output.request_id[-1])] = output.outputs[0]
+        if not core.has_unfinished_requests():
+            break
+    assert [list(finished[i].token_ids) for i in range(3)] == expected
+    assert all({5, 9, 14} <= row.keys() for row in finished[2].logprobs)

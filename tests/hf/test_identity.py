@@ -184,3 +184,15 @@ def test_beyond_the_assistants_positions() -> None:
         stairs_generate(model, short, **inputs, max_new_tokens=30, adaptive=False),
         model.generate(**inputs, max_new_tokens=30),
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_up_to_the_targets_last_position(layout: Any) -> None:
+    """Rows of different lengths near the end of GPT-2's position table."""
+    model, assistant = pair("gpt2")
+    inputs = prompts("gpt2", 4)
+    more: dict[str, Any] = {"max_length": 128, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(
+        stairs_generate(model, assistant, **inputs, **more, adaptive=False, layout=layout),
+        model.generate(**inputs, **more),
+    )

@@ -48,6 +48,12 @@ class StairsRejectionSampler(RejectionSampler):
         num_drafts = metadata.cu_num_draft_tokens.diff(
             prepend=metadata.cu_num_draft_tokens.new_zeros(1)
         ).to(torch.int64)
+        if sampling_metadata.logprob_token_ids:
+            # vLLM has logprobs of chosen ids in its plain sampler only. The runner drafts for
+            # nobody beside such a request, but it may arrive between a draft and its validation:
+            # then only the first stairs count.
+            first = metadata.bonus_logits_indices - num_drafts
+            return self.sampler(logits=logits[first], sampling_metadata=sampling_metadata)
         if _takes_raw_argmax(sampling_metadata):
             predictions = self.sampler.greedy_sample(logits.to(torch.float32))
             return SamplerOutput(

@@ -5,6 +5,7 @@ sentence: what is wrong and what would be right.
 """
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -20,15 +21,40 @@ from vllm_stairs.config import (
     METHOD,
     OPTION_PREFIX,
     StairsOptions,
+    option_names,
     parse_options,
 )
 
 _CPU_WORKER = "vllm_stairs.engine.worker.StairsCPUWorker"
 _GPU_WORKER = "vllm_stairs.engine.worker.StairsGPUWorker"
 
-_FLAGS = (("--spec-method", "method"), ("--spec-model", "model"))
-_OTHER_METHODS_PREFIXES = ("prompt_lookup_", "suffix_", "dspark_", "index_share_")
-_OTHER_METHODS_KEYS = ("enable_adaptive_verification", "disable_eagle_block_drop")
+# The keys of vLLM's speculative_config that mean something to a draft model here. Keys of other
+# methods, keys that vLLM fills in itself, and keys of releases that this one was not read with stop
+# at start-up instead of being ignored.
+_KEYS = frozenset(
+    {
+        "method",
+        "model",
+        "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
+        "max_model_len",
+        "revision",
+        "code_revision",
+        "quantization",
+        "kv_cache_dtype",
+        "attention_backend",
+        "moe_backend",
+        "enforce_eager",
+        "draft_load_config",
+        "draft_tensor_parallel_size",
+        "draft_sample_method",
+        "rejection_sample_method",
+        "synthetic_acceptance_rates",
+        "synthetic_acceptance_length",
+        "use_heterogeneous_vocab",
+        "disable_padded_drafter_batch",
+    }
+)
 
 
 # --------------------------------------------------------------------------- hooks
@@ -91,7 +117,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
         if name.startswith(OPTION_PREFIX) and value is not None
     }
     if options:
-        given = dict(args.speculative_config or {})
+        given = {k.replace("-", "_"): v for k, v in (args.speculative_config or {}).items()}
         twice = sorted(options.keys() & given.keys())
         if twice:
             _exit(
@@ -154,14 +180,19 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     """
     from vllm.platforms import current_platform
 
-    from vllm_stairs.engine import contract, metrics
-    from vllm_stairs.engine.requests import admit_all_requests
+    from vllm_stairs.engine import contract, frontend, metrics
 
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        raise ValueError(
+            "The speculative method 'stairs' runs on CPU, CUDA and ROCm; this platform is "
+            f"{current_platform.device_name}: serve without stairs."
+        )
     contract.require()
     values = _merge_flags(engine_args)
     options = parse_options(
         {key: values.pop(key) for key in list(values) if key.startswith(OPTION_PREFIX)}
     )
+    _check_record(options)
     _check_engine(engine_args, target, parallel)
     _check_keys(values, parallel.tensor_parallel_size)
     values["num_speculative_tokens"] = _check_height(engine_args, target, values)
@@ -193,11 +224,11 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
             engine_args.async_scheduling = False
         _logger().warning(
             "Stairs on %s runs in vLLM's V1 model runner, without asynchronous scheduling and "
-            "with piecewise graphs for the draft; plain vLLM has the V2 model runner, "
-            "asynchronous scheduling and full graphs there.",
+            "with piecewise CUDA graphs; plain vLLM has the V2 model runner, asynchronous "
+            "scheduling and full graphs there.",
             current_platform.device_name,
         )
-    admit_all_requests()
+    frontend.install()
     return config
 
 
@@ -242,6 +273,9 @@ def _check_engine(engine_args: Any, target: Any, parallel: Any) -> None:
         "sleep mode (--enable-sleep-mode)": engine_args.enable_sleep_mode,
         "KV transfer (--kv-transfer-config)": engine_args.kv_transfer_config is not None,
         "custom logits processors (--logits-processors)": bool(target.logits_processors),
+        "logits processors of installed packages (entry points vllm.logits_processors)": bool(
+            importlib.metadata.entry_points(group="vllm.logits_processors")
+        ),
     }
     for feature, asked_for in unsupported.items():
         if asked_for:
@@ -286,24 +320,22 @@ def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
     """The other keys of vLLM's ``speculative_config``: each works or stops here."""
     from vllm.platforms import current_platform
 
-    for key, value in values.items():
-        if value is None or value is False:
-            continue
-        if key.startswith(_OTHER_METHODS_PREFIXES) or key in _OTHER_METHODS_KEYS:
-            raise ValueError(
-                f"{key} belongs to another speculative method than 'stairs': leave it out."
-            )
     if values.get("parallel_drafting"):
         raise ValueError(
             "parallel_drafting needs a draft that was trained for it; 'stairs' writes its drafts "
             "token by token: leave it out."
         )
-    if values.get("use_local_argmax_reduction"):
-        raise ValueError("use_local_argmax_reduction is not supported by 'stairs': leave it out.")
-    if values.get("rejection_sample_method") == "block":
+    for key, value in values.items():
+        if key not in _KEYS and value is not None and value is not False:
+            raise ValueError(
+                f"speculative_config key {key!r} is not one that the method 'stairs' knows: leave "
+                f"it out, or use {', '.join(sorted(_KEYS))} or {', '.join(option_names())}."
+            )
+    rejection = values.get("rejection_sample_method")
+    if rejection not in (None, "standard", "synthetic"):
         raise ValueError(
-            "rejection_sample_method='block' exists in vLLM's V2 model runner only; 'stairs' "
-            "takes 'standard' (default) or 'synthetic'."
+            f"rejection_sample_method={rejection!r}: 'stairs' takes 'standard' (default) or "
+            "'synthetic'."
         )
     if values.get("rejection_sample_method") == "synthetic" and current_platform.is_cpu():
         raise ValueError(
@@ -317,6 +349,18 @@ def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
         )
 
 
+def _check_record(options: StairsOptions) -> None:
+    if options.record is None:
+        return
+    try:
+        with open(options.record, "a"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"stairs_record={options.record!r} cannot be written: {error.strerror}."
+        ) from None
+
+
 def _check_height(engine_args: Any, target: Any, values: Mapping[str, Any]) -> int:
     height = values.get("num_speculative_tokens")
     if height is None:
@@ -325,6 +369,11 @@ def _check_height(engine_args: Any, target: Any, values: Mapping[str, Any]) -> i
     largest = min(MAX_NUM_SPECULATIVE_TOKENS, target.max_model_len - 2)
     if engine_args.max_num_batched_tokens is not None:
         largest = min(largest, engine_args.max_num_batched_tokens - 2)
+    if largest < 1:
+        raise ValueError(
+            f"max_model_len={target.max_model_len} and max_num_batched_tokens="
+            f"{engine_args.max_num_batched_tokens} leave no room for a single draft: raise them."
+        )
     if isinstance(height, bool) or not isinstance(height, int) or not 1 <= height <= largest:
         raise ValueError(
             f"num_speculative_tokens={height!r}: must be a whole number from 1 to {largest} "
@@ -423,15 +472,8 @@ def _check_tokenizer(target: Any, values: Mapping[str, Any]) -> None:
 def _construct(values: dict[str, Any]) -> Any:
     from vllm_stairs.engine.speculative import StairsSpeculativeConfig
 
-    known = StairsSpeculativeConfig.__dataclass_fields__
-    for key in values:
-        if key not in known:
-            raise ValueError(
-                f"speculative_config has no key {key!r}; vLLM's keys and these can be given: "
-                f"{', '.join(OPTION_PREFIX + name for name in StairsOptions.model_fields)}."
-            )
     try:
-        return StairsSpeculativeConfig(**values)
+        config = StairsSpeculativeConfig(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
@@ -440,3 +482,10 @@ def _construct(values: dict[str, Any]) -> Any:
     except OSError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"Draft model {values['model']}: {first_line}") from None
+    if config.method != "draft_model":
+        raise ValueError(
+            f"Draft model {values['model']}: vLLM takes it for a draft of the method "
+            f"{config.method!r}, by its name or its model_type; 'stairs' needs an ordinary "
+            "language model (in a folder whose path does not name another method)."
+        )
+    return config

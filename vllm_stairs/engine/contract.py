@@ -66,6 +66,12 @@ HOOKS: tuple[Hook, ...] = (
         "self speculative_config",
         "wrapped: requests with min_p or logit_bias are served",
     ),
+    _hook(
+        "v1.metrics.loggers",
+        "StatLoggerManager.__init__",
+        "self vllm_config engine_idxs custom_stat_loggers",
+        "wrapped: our metrics and log line",
+    ),
     _hook("v1.worker.cpu_worker", "CPUModelRunner", None, "replaced during init_device"),
     _hook("v1.worker.cpu_worker", "CPUWorker.init_device", "self", "makes our runner on CPU"),
     # --- overridden

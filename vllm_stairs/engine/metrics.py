@@ -31,9 +31,8 @@ class Counters:
     """What became of the staircases since start-up.
 
     Args:
-        values: ``[1 + 3 + 4 (K + 1)]``, float64, zero at the start: steps, seconds per phase,
-            staircases by height, staircases by accepted drafts, drafted tokens by position,
-            accepted tokens by position.
+        values: ``[1 + 3 + 2 (K + 1)]``, float64, zero at the start: steps, seconds per phase,
+            staircases by height, staircases by accepted drafts.
         max_height: K.
     """
 

@@ -8,12 +8,15 @@ to draft costs nothing.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -49,7 +52,7 @@ class Drafts:
     """What the draft model wrote.
 
     Attributes:
-        token_ids: per request its drafted ids, as many as its height.
+        token_ids: per request its drafted ids, at most as many as its height.
         probabilities: ``[n, max height, vocabulary]``, float32, what the drafts were sampled
             from; None where they were the most likely tokens. Places above a request's own
             height are undefined.
@@ -72,6 +75,23 @@ class StairsProposer(DraftModelProposer):
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Nothing is padded here, so vLLM's restriction does not apply."""
+
+    def weights_bytes(self) -> int:
+        """Bytes of the draft's weights on this rank.
+
+        Taken from the checkpoint's headers where it is a local folder: on CPU vLLM repacks linear
+        layers out of ``parameters()``.
+        """
+        files = sorted(Path(self.draft_model_config.model).glob("*.safetensors"))
+        if not files:
+            return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        total = 0
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    total += math.prod(tensors.get_slice(name).get_shape())
+        ranks = self.speculative_config.draft_parallel_config.tensor_parallel_size
+        return total * self.dtype.itemsize // ranks
 
     @torch.inference_mode()
     def draft(

@@ -61,7 +61,7 @@ class StairsModelRunnerMixin:
         self.stairs_record: IO[str] | None = None
         if config.stairs.record and get_tensor_model_parallel_rank() == 0:
             self.stairs_record = open(config.stairs.record, "a", buffering=1)  # noqa: SIM115
-        self._stairs_drafted: dict[str, tuple[list[int], list[float], float]] = {}
+        self._stairs_drafted: dict[str, tuple[list[int], list[float]]] = {}
         self._stairs_target_seconds = 0.0
 
     # ----------------------------------------------------------------------- start-up
@@ -87,7 +87,6 @@ class StairsModelRunnerMixin:
                 spec = specs[name] if specs is not None else group.kv_cache_spec
                 per_token[name in draft_layers] += spec.page_size_bytes / spec.block_size
         draft, target = per_token[True], per_token[False]
-        weights = sum(p.numel() * p.element_size() for p in self.drafter.model.parameters())
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         tokens = kv_cache_config.num_blocks * block_size
         without = tokens * (draft + target) / target if target else tokens
@@ -96,7 +95,7 @@ class StairsModelRunnerMixin:
             "cache per token; the KV cache holds %d tokens (%.1f requests of %d) instead of %d "
             "(%.1f). Largest height %d, layout %s.",
             self.speculative_config.draft_model_config.model,
-            weights / 2**20,
+            self.drafter.weights_bytes() / 2**20,
             draft / 2**10,
             (draft + target) / 2**10,
             tokens,
@@ -290,10 +289,11 @@ class StairsModelRunnerMixin:
 
     def _after_drafting(self: Any, batch: DraftBatch, written: Drafts) -> None:
         req_ids = self.input_batch.req_ids
-        # The last draft is never read by the draft model itself.
-        read = (batch.num_tokens + batch.heights - 1).tolist()
+        num_tokens = batch.num_tokens.tolist()
         for index, row in enumerate(batch.rows.tolist()):
-            self.stairs_ledger.wrote(req_ids[row], read[index])
+            # The last draft is never read by the draft model itself.
+            read = num_tokens[index] + max(len(written.token_ids[index]) - 1, 0)
+            self.stairs_ledger.wrote(req_ids[row], read)
             if written.confidences is not None:
                 self._stairs_drafted[req_ids[row]] = (
                     written.token_ids[index],

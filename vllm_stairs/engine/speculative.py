@@ -43,10 +43,10 @@ class StairsSpeculativeConfig(SpeculativeConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A process that receives this configuration serves requests of the method."""
-        from vllm_stairs.engine.requests import admit_all_requests
+        from vllm_stairs.engine import frontend
 
         self.__dict__.update(state)
-        admit_all_requests()
+        frontend.install()
 
     def __repr__(self) -> str:
         model = self.draft_model_config.model if self.draft_model_config else self.model

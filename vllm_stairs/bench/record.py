@@ -1,0 +1,173 @@
+"""The record of a stairs run: what the draft proposed, step by step, and what was kept."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_stairs.bench.costs import CostModel, Curve
+from vllm_stairs.bench.errors import BenchError
+from vllm_stairs.bench.statistics import median
+
+_KEYS = ("request", "position", "draft", "probability", "emitted")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One request, position by position of the text that the recorded steps wrote.
+
+    A greedy draft depends on the text before it alone. So what it says at a position, given the
+    target's own text up to there, is one fact, whatever staircase asks for it.
+    """
+
+    request: str
+    held: np.ndarray
+    """bool: whether the draft's token at this position is the text's; a guess where unknown."""
+    known: np.ndarray
+    """bool: whether that was recorded. It was not where a whole draft held: the target's own
+    token after it was never drafted."""
+    probability: np.ndarray
+    """float: the draft's probability of its own token at this position."""
+    tails: dict[int, tuple[float, ...]]
+    """Position of a wrong draft token -> probabilities of the tokens drafted after it."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text."""
+        return len(self.held)
+
+
+@dataclass(frozen=True)
+class Record:
+    """All requests of a record, and the cost model that its times give."""
+
+    traces: tuple[Trace, ...]
+    height: int
+    """The largest height in it."""
+    measured: CostModel | None
+    """None where the record carries no times of steps without a prefill."""
+
+
+def load(path: Path) -> Record:
+    """Read a record (JSON lines, see ``speculative_config["stairs_record"]``)."""
+    if not path.is_file():
+        raise BenchError(f"no record {str(path)!r}: make one with vllm-stairs bench run --record")
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        if not text.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BenchError(f"{where}: not JSON ({error.msg})") from None
+        if not isinstance(line, dict) or any(key not in line for key in _KEYS):
+            raise BenchError(f"{where}: expected an object with {', '.join(_KEYS)}")
+        if len(line["draft"]) != len(line["probability"]) or not line["emitted"]:
+            raise BenchError(f"{where}: draft and probability differ in length, or nothing kept")
+        if len(line["emitted"]) > len(line["draft"]) + 1:
+            raise BenchError(f"{where}: more tokens kept than the staircase has rows")
+        lines.append(line)
+    if not lines:
+        raise BenchError(f"record {str(path)!r} is empty")
+    height = max(len(line["draft"]) for line in lines)
+    if not height:
+        raise BenchError(f"record {str(path)!r} holds no draft")
+    return Record(tuple(_traces(lines, str(path))), height, _measured(lines, str(path)))
+
+
+def _traces(lines: Iterable[dict[str, Any]], where: str) -> list[Trace]:
+    requests: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        requests.setdefault(str(line["request"]), []).append(line)
+    traces = []
+    for request, staircases in requests.items():
+        staircases.sort(key=lambda line: int(line["position"]))
+        for before, after in pairwise(staircases):
+            if before["position"] + len(before["emitted"]) != after["position"]:
+                raise BenchError(
+                    f"{where}: request {request!r} has a gap at position {after['position']}"
+                )
+        traces.append(_trace(request, staircases))
+    return _guess(traces)
+
+
+def _trace(request: str, staircases: Sequence[dict[str, Any]]) -> Trace:
+    tokens = sum(len(line["emitted"]) for line in staircases)
+    held = np.zeros(tokens, dtype=bool)
+    known = np.zeros(tokens, dtype=bool)
+    probability = np.zeros(tokens)
+    tails: dict[int, tuple[float, ...]] = {}
+    start = 0
+    for line in staircases:
+        accepted = len(line["emitted"]) - 1
+        own = line["probability"]
+        seen = min(len(own), accepted + 1)
+        held[start : start + accepted] = True
+        known[start : start + seen] = True
+        probability[start : start + seen] = own[:seen]
+        if seen == accepted + 1:
+            tails[start + accepted] = tuple(own[seen:])
+        start += accepted + 1
+    return Trace(request, held, known, probability, tails)
+
+
+def _guess(traces: list[Trace]) -> list[Trace]:
+    """Fill what was not recorded: it holds as often as what was, drawn with a fixed seed."""
+    held = np.concatenate([trace.held[trace.known] for trace in traces])
+    probability = np.concatenate([trace.probability[trace.known] for trace in traces])
+    share = float(held.mean()) if len(held) else 0.0
+    usual = {
+        outcome: float(probability[held == outcome].mean()) if (held == outcome).any() else share
+        for outcome in (True, False)
+    }
+    random = np.random.default_rng(0)
+    for trace in traces:
+        unknown = np.flatnonzero(~trace.known)
+        drawn = random.random(len(unknown)) < share
+        trace.held[unknown] = drawn
+        trace.probability[unknown] = np.where(drawn, usual[True], usual[False])
+    return traces
+
+
+def _measured(lines: Sequence[dict[str, Any]], where: str) -> CostModel | None:
+    """Costs from the steps that held decode rows only.
+
+    The lines of one step follow each other and carry the same times. A step whose staircases
+    do not add up to its rows held a prefill too and is left out.
+    """
+    target: dict[int, list[float]] = {}
+    draft: dict[int, list[float]] = {}
+    step: list[dict[str, Any]] = []
+
+    def close() -> None:
+        rows = sum(len(line["draft"]) + 1 for line in step)
+        if not step or rows != step[0].get("rows") or "target_ms" not in step[0]:
+            return
+        target.setdefault(rows, []).append(float(step[0]["target_ms"]))
+        drafting = sum(bool(line["draft"]) for line in step)
+        passes = max(len(line["draft"]) for line in step)
+        if passes and "draft_ms" in step[0]:
+            draft.setdefault(drafting, []).append(float(step[0]["draft_ms"]) / passes)
+
+    for line in lines:
+        if step and (
+            any(line.get(k) != step[0].get(k) for k in ("rows", "target_ms", "draft_ms"))
+            or any(line["request"] == other["request"] for other in step)
+        ):
+            close()
+            step = []
+        step.append(line)
+    close()
+    if not target or not draft:
+        return None
+    return CostModel(
+        Curve({size: median(values) for size, values in draft.items()}),
+        Curve({size: median(values) for size, values in target.items()}),
+        0.0,
+        f"measured: times in {where} (no overhead outside draft and target)",
+    )

@@ -1,0 +1,86 @@
+"""Medians, spreads and ratios, with the noise they carry. Pure functions of numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+"""97.5 % quantiles of Student's t distribution for 1 to 20 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio between two arms, from paired measurements."""
+
+    median: float
+    low: float
+    """The smallest of the paired ratios."""
+    high: float
+    """The largest of the paired ratios."""
+    noise: float | None
+    """Relative half-width: the same command run again is expected, 19 times in 20, to give
+    a ratio within ``median * (1 +- noise)``. None with a single repeat: unknown."""
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value; the mean of the middle two where there are two."""
+    if not values:
+        raise ValueError("the median of nothing")
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` (0 to 1) of the values lie, linearly interpolated."""
+    if not values:
+        raise ValueError("a percentile of nothing")
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest minus smallest, as a share of the median; 0 for a single value."""
+    return (max(values) - min(values)) / median(values)
+
+
+def repeat_noise(values: Sequence[float]) -> float | None:
+    """How far a second, equal series is expected to lie from this one, relatively.
+
+    The 95 % prediction interval for the geometric mean of as many values again, that is
+    t * s * sqrt(2 / n) on the logarithms. It knows only the variation within this run: what
+    changes between two runs (another load of the machine, another day) is not in it.
+
+    Returns:
+        The relative half-width, or None for a single value.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    logarithms = [math.log(value) for value in values]
+    mean = sum(logarithms) / count
+    variance = sum((value - mean) ** 2 for value in logarithms) / (count - 1)
+    quantile = _T_975[count - 2] if count - 2 < len(_T_975) else 1.96
+    return math.expm1(quantile * math.sqrt(2 * variance / count))
+
+
+def paired_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
+    """The ratio of two arms whose repeats were interleaved.
+
+    Args:
+        values: one figure a repeat, of the arm in question.
+        base: the figures of the arm it is compared with, in the same repeats: what slows the
+            machine for a while slows both of a pair.
+    """
+    if len(values) != len(base) or not values:
+        raise ValueError("paired_ratio needs two equally long, non-empty series")
+    ratios = [value / reference for value, reference in zip(values, base, strict=True)]
+    return Ratio(median(ratios), min(ratios), max(ratios), repeat_noise(ratios))

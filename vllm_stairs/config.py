@@ -42,6 +42,12 @@ class StairsOptions(BaseModel):
         "'expanded' as one row per stair (the published batch; the reference for the packed "
         "path and for attention backends without a multi-token decode path).",
     )
+    height: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="How tall staircases are: 'fixed' always drafts as far as allowed, 'auto' "
+        "chooses 0 to num_speculative_tokens from the acceptance and the times that it measures "
+        "(first version: one height for the whole batch; not with tensor parallelism).",
+    )
     record: str | None = Field(
         default=None,
         min_length=1,

@@ -86,7 +86,7 @@ def test_help_names_every_flag() -> None:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     text = parser.format_help()
     for flag in ("--speculative-method", "--speculative-model", "--num-speculative-tokens",
-                 "--stairs-layout", "--stairs-record"):  # fmt: skip
+                 "--stairs-layout", "--stairs-height", "--stairs-record"):  # fmt: skip
         assert flag in text
 
 
@@ -151,6 +151,7 @@ def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> 
     [
         ({"worker_cls": "a.B"}, "leave --worker-cls out"),
         ({"async_scheduling": True}, "leave --async-scheduling out"),
+        ({"tensor_parallel_size": 2, "speculative": {"stairs_height": "auto"}}, "use 'fixed'"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"enable_lora": True}, "--enable-lora"),
@@ -160,7 +161,9 @@ def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> 
 def test_engines_that_cannot_have_stairs(
     tiny: TinyModels, kwargs: dict[str, Any], expected: str
 ) -> None:
-    assert expected.lower() in error(tiny.target, {"model": str(tiny.noisy)}, **kwargs).lower()
+    config = {"model": str(tiny.noisy), **kwargs.get("speculative", {})}
+    kwargs = {key: value for key, value in kwargs.items() if key != "speculative"}
+    assert expected.lower() in error(tiny.target, config, **kwargs).lower()
 
 
 def test_v2_runner_forced(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,3 +237,19 @@ def test_logprobs_of_chosen_ids_beside_drafts(tiny: TinyModels) -> None:
             break
     assert [list(finished[i].token_ids) for i in range(3)] == expected
     assert all({5, 9, 14} <= row.keys() for row in finished[2].logprobs)
+
+
+@pytest.mark.parametrize("draft", ["target", "random"])
+def test_height_auto(tiny: TinyModels, draft: str) -> None:
+    """Heights that change with measured times; a hostile draft is soon left alone."""
+    engine = stairs(tiny.target, getattr(tiny, draft), height=4, stairs_height="auto")
+    for seed in range(3):
+        texts = prompts(6, seed=70 + seed)
+        expected = token_ids(plain(tiny.target), texts, greedy(60))
+        assert token_ids(engine, texts, greedy(60)) == expected
+    stats = statistics(engine)
+    if draft == "random":
+        assert stats["heights"][0] > 0.6 * stats["staircases"]
+    else:
+        # Drafting again after steps without it: the holes were filled.
+        assert stats["accepted_per_position"] == stats["drafted_per_position"]

@@ -194,6 +194,11 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     )
     _check_record(options)
     _check_engine(engine_args, target, parallel)
+    if options.height == "auto" and parallel.tensor_parallel_size > 1:
+        raise ValueError(
+            "stairs_height='auto' measures times, which differ from rank to rank: with "
+            "--tensor-parallel-size above 1 use 'fixed' (the default)."
+        )
     _check_keys(values, parallel.tensor_parallel_size)
     values["num_speculative_tokens"] = _check_height(engine_args, target, values)
     values["model"] = _find_draft(values.get("model"), target)

@@ -24,6 +24,7 @@ from vllm_stairs.engine.acceptor import StairsRejectionSampler
 from vllm_stairs.engine.metrics import Counters
 from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
+from vllm_stairs.height.policy import FixedHeight, HeightPolicy
 from vllm_stairs.proposer.draft_kv import DraftKVLedger
 from vllm_stairs.proposer.plan import RequestLimits, height_ceiling
 from vllm_stairs.scorer.layouts import expand_rows
@@ -63,6 +64,13 @@ class StairsModelRunnerMixin:
             self.stairs_record = open(config.stairs.record, "a", buffering=1)  # noqa: SIM115
         self._stairs_drafted: dict[str, tuple[list[int], list[float]]] = {}
         self._stairs_target_seconds = 0.0
+        self.stairs_policy: HeightPolicy | FixedHeight = (
+            HeightPolicy(config.num_speculative_tokens, use_confidence=False)
+            if config.stairs.height == "auto"
+            else FixedHeight(config.num_speculative_tokens)
+        )
+        # Milliseconds of the last drafting; None where it had to catch up on text first.
+        self._stairs_draft_ms: float | None = None
 
     # ----------------------------------------------------------------------- start-up
 
@@ -238,9 +246,11 @@ class StairsModelRunnerMixin:
         self._observe(sampled_token_ids, heights_before, scheduler_output)
 
         req_ids = self.input_batch.req_ids
-        batch = self._plan(
-            sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule, sampling_metadata
-        )
+        num_writing = sum(map(bool, sampled_token_ids))
+        max_height = scheduler_output.num_spec_tokens_to_schedule
+        if num_writing:
+            max_height = min(max_height, self.stairs_policy.choose(num_writing))
+        batch = self._plan(sampled_token_ids, max_height, sampling_metadata)
         drafts: list[list[int]] = [[] for _ in req_ids]
         if len(batch):
             written = self.drafter.draft(
@@ -253,7 +263,11 @@ class StairsModelRunnerMixin:
             for row, token_ids in zip(batch.rows.tolist(), written.token_ids, strict=True):
                 drafts[row] = token_ids
             self._after_drafting(batch, written)
-        self.stairs_counters.add_time("draft", time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.stairs_counters.add_time("draft", seconds)
+        # In the usual step a draft pass reads the newest token, or that and the last draft.
+        caught_up = bool((batch.num_tokens - batch.num_valid > 2).any())
+        self._stairs_draft_ms = None if caught_up else seconds * 1e3
         return drafts
 
     def _plan(
@@ -315,6 +329,15 @@ class StairsModelRunnerMixin:
         emitted = np.fromiter(map(len, sampled_token_ids), np.int64, len(sampled_token_ids))
         staircases = (heights >= 0) & (emitted > 0)
         self.stairs_counters.observe(heights[staircases], emitted[staircases] - 1)
+        if staircases.any():
+            # A step that also read prompts is no measure of a usual one.
+            decodes_only = bool((heights >= 0).all())
+            self.stairs_policy.observe(
+                heights[staircases].tolist(),
+                (emitted[staircases] - 1).tolist(),
+                target_ms=self._stairs_target_seconds * 1e3 if decodes_only else None,
+                draft_ms=self._stairs_draft_ms,
+            )
         if self.stairs_record is None:
             return
         for row in np.flatnonzero(staircases).tolist():

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.hf.tiny_pairs import pair
+from vllm_stairs.acceptor.dense import accept_greedy, accept_sampled
 from vllm_stairs.hf import stairs
-from vllm_stairs.hf.accept import accept_greedy, accept_sampled
 from vllm_stairs.staircase import validate
 
 

@@ -9,6 +9,21 @@ REJECTED = -1
 """Fills the places behind the accepted tokens, as in vLLM's rejection sampler."""
 
 
+def count_approved(agrees: torch.Tensor) -> torch.Tensor:
+    """Approved stairs of each staircase.
+
+    A stair is approved if its last token is the ground truth's last token and all stairs below it
+    are approved.
+
+    Args:
+        agrees: ``[batch, K]``, bool: draft i + 1 is the prediction of row i.
+
+    Returns:
+        ``[batch]``, int64.
+    """
+    return agrees.to(torch.int64).cumprod(1).sum(1)
+
+
 def validate_batch(
     draft_token_ids: torch.Tensor,
     num_drafts: torch.Tensor,
@@ -45,9 +60,7 @@ def validate_batch(
     first_draft = first_row - torch.arange(batch, device=device)
     drafts = (first_draft[:, None] + stair[:-1]).clamp_(max=draft_token_ids.shape[0] - 1)
     drafted = draft_token_ids[drafts]
-    # A stair is approved if its last token is the ground truth's last token and all stairs
-    # below it are approved.
     agrees = (drafted == predicted[:, :-1]) & (stair[:-1] < num_drafts[:, None])
-    num_approved = agrees.to(torch.int64).cumprod(1).sum(1)
+    num_approved = count_approved(agrees)
     # The ground truth: predictions up to the one after the last approved stair.
     return torch.where(stair <= num_approved[:, None], predicted, REJECTED).to(torch.int32)

@@ -10,7 +10,7 @@ temperature 0: stairs validation.
 
 import torch
 
-from vllm_stairs.acceptor.greedy import REJECTED
+from vllm_stairs.acceptor.greedy import REJECTED, count_approved
 
 
 def validate_sampled_batch(
@@ -78,8 +78,8 @@ def validate_sampled_batch(
     place = torch.arange(draft_token_ids.shape[0], device=device) - first[request]
     output = next_token_ids.to(torch.int64)[:, None].repeat(1, max_height + 1)
     output[request, place] = token
-    agrees = torch.zeros(batch, max_height + 1, dtype=torch.int64, device=device)
-    agrees[request, place] = kept.to(torch.int64)
-    num_kept = agrees.cumprod(1).sum(1)
+    agrees = torch.zeros(batch, max_height + 1, dtype=torch.bool, device=device)
+    agrees[request, place] = kept
+    num_kept = count_approved(agrees)
     stair = torch.arange(max_height + 1, device=device)
     return torch.where(stair <= num_kept[:, None], output, REJECTED).to(torch.int32)

@@ -16,8 +16,8 @@ from transformers.generation import (
 )
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from vllm_stairs.acceptor.dense import accept_greedy, accept_sampled
 from vllm_stairs.height import FixedHeight, HeightPolicy
-from vllm_stairs.hf.accept import accept_greedy, accept_sampled
 from vllm_stairs.hf.checks import LAYOUTS, check_dropped_arguments, check_options, check_pair
 from vllm_stairs.hf.processors import NEVER, Stopper, process
 from vllm_stairs.hf.reader import Reader, accepts, reads_ragged_rows

@@ -1,11 +1,14 @@
-"""The acceptor on dense tensors: greedy stairs validation, and lossless sampling.
+"""Staircases of one height in a batch: greedy stairs validation, and lossless sampling.
 
-Tested against :func:`vllm_stairs.staircase.validate`. ``p`` is the target's distribution,
+What :mod:`vllm_stairs.hf` uses, where a batch drafts in step; the engine's ragged staircases are in
+:mod:`.greedy` and :mod:`.sampled`. Tested against :func:`vllm_stairs.staircase.validate`. ``p`` is the target's distribution,
 ``q`` the draft's.
 """
 
 import torch
 from torch import Tensor
+
+from vllm_stairs.acceptor.greedy import count_approved
 
 
 def accept_greedy(drafts: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +27,7 @@ def accept_greedy(drafts: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
         adds ``tokens[b, : kept[b] + 1]``.
     """
     agree = drafts == predictions[:, :-1]
-    return predictions, agree.long().cumprod(1).sum(1)
+    return predictions, count_approved(agree)
 
 
 def accept_sampled(drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +51,7 @@ def accept_sampled(drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor
     q_draft = q.gather(2, drafts[..., None])[..., 0]
     # u < p / q without the division; rand() lies in [0, 1), so p = 0 never passes.
     agree = torch.rand_like(p_draft) * q_draft < p_draft
-    kept = agree.long().cumprod(1).sum(1)
+    kept = count_approved(agree)
     rows = torch.arange(batch, device=drafts.device)
     last = p[rows, kept]
     if height:

@@ -1,8 +1,8 @@
 """Staircases of one height in a batch: greedy stairs validation, and lossless sampling.
 
 What :mod:`vllm_stairs.hf` uses, where a batch drafts in step; the engine's ragged staircases are in
-:mod:`.greedy` and :mod:`.sampled`. Tested against :func:`vllm_stairs.staircase.validate`. ``p`` is the target's distribution,
-``q`` the draft's.
+:mod:`.greedy` and :mod:`.sampled`. Tested against :func:`vllm_stairs.staircase.validate`.
+``p`` is the target's distribution, ``q`` the draft's.
 """
 
 import torch

@@ -101,7 +101,7 @@ def request_max_height(extra_args: Mapping[str, Any] | None) -> int | None:
         height = int(value)
         if height < 0 or float(value) != height:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{MAX_HEIGHT_ARG}={extra_args[MAX_HEIGHT_ARG]!r}: must be a whole number >= 0 "
             "(0: no speculation for this request)."

@@ -69,6 +69,14 @@ def test_other_methods_on_the_command_line(tiny: TinyModels) -> None:
     assert parse("--model", str(tiny.target)) is None
 
 
+def test_arguments_can_be_copied(tiny: TinyModels) -> None:
+    """As ``vllm bench latency`` and ``LLM.from_engine_args`` do, with and without the method."""
+    for argv in ([], ["--spec-method", "stairs", "--spec-model", str(tiny.noisy)]):
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        args = EngineArgs.from_cli_args(parser.parse_args(["--model", str(tiny.target), *argv]))
+        assert EngineArgs(**vars(args)) == args
+
+
 def test_command_line_errors(tiny: TinyModels, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse("--model", str(tiny.target), "--stairs-layout", "packed")

@@ -26,6 +26,9 @@ PARAMETERS = {
     "bad words": greedy(40, bad_words=["a b", "cat", "7", "the"]),
     "allowed ids": greedy(40, allowed_token_ids=list(range(3, 30))),
     "logit bias": greedy(40, logit_bias={5: 8.0, 9: -100.0, 12: 4.0}),
+    "logit bias and penalty": greedy(
+        40, repetition_penalty=1.7, logit_bias={5: 8.0, 9: -100.0, 12: 4.0, 20: 6.0, 30: 6.0}
+    ),
     "min_p, greedy": greedy(40, min_p=0.2),
 }
 
@@ -39,6 +42,32 @@ def test_same_answer(tiny: TinyModels, name: str) -> None:
         engine = stairs(tiny.target, draft, stairs_layout=layout)
         assert token_ids(engine, texts, params) == expected
         assert kv_usage(engine) == 0
+
+
+def test_min_tokens_at_every_length(tiny: TinyModels) -> None:
+    """The end is allowed from one token on, also where that token lies inside a staircase."""
+    texts = prompts(8, seed=46, longest=20)
+    for min_tokens in range(2, 14):
+        params = greedy(
+            40, ignore_eos=False, min_tokens=min_tokens, stop_token_ids=list(range(3, 40))
+        )
+        expected = token_ids(plain(tiny.target), texts, params)
+        assert token_ids(stairs(tiny.target, tiny.target), texts, params) == expected
+
+
+@pytest.mark.parametrize("budget", [0, 5])
+def test_thinking_budget(tiny: TinyModels, budget: int) -> None:
+    """Decoded plainly, beside requests that are not."""
+    reasoning = {"reasoning_start_str": "{", "reasoning_end_str": "}"}
+    texts = [f"{text} {{" for text in prompts(5, seed=47, longest=20)]
+    params = [greedy(30, thinking_token_budget=budget)] * 4 + [greedy(30)]
+    reference = plain(tiny.target, reasoning_config=reasoning)
+    engine = stairs(tiny.target, tiny.target, reasoning_config=reasoning)
+    expected = token_ids(reference, texts, params)
+    assert token_ids(engine, texts, params) == expected
+    assert token_ids(engine, texts, [greedy(30)] * 5) == token_ids(
+        reference, texts, [greedy(30)] * 5
+    )
 
 
 def test_all_kinds_in_one_batch(tiny: TinyModels) -> None:

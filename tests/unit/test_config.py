@@ -26,7 +26,7 @@ def test_request_height(value: object, expected: int) -> None:
     assert config.request_max_height(None) is None
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "many", None, [1], True])
+@pytest.mark.parametrize("value", [-1, 1.5, "many", None, [1], True, float("inf"), float("nan")])
 def test_request_height_that_is_none(value: object) -> None:
     with pytest.raises(ValueError, match="stairs_max_height.*whole number"):
         config.request_max_height({"stairs_max_height": value})

@@ -18,13 +18,18 @@ def test_passes_read_everything_once_within_the_budget(backlogs: list[int], budg
     assert all(tokens >= 1 for tokens in passes[-1])
 
 
-LIMITS = RequestLimits(max_height=5, max_tokens=100, stop_token_ids=frozenset({2}), draftable=True)
+LIMITS = RequestLimits(
+    max_height=5, min_tokens=0, max_tokens=100, stop_token_ids=frozenset({2}), draftable=True
+)
 
 
 @pytest.mark.parametrize(
     ("changes", "num_tokens", "newest", "expected"),
     [
         ({}, 10, 7, 4),
+        ({"min_tokens": 13}, 10, 7, 2),  # the token after the drafts may not end it either
+        ({"min_tokens": 11}, 10, 7, 0),
+        ({"min_tokens": 10}, 10, 7, 4),
         ({"max_height": 0}, 10, 7, 0),
         ({"max_height": 2}, 10, 7, 2),
         ({"draftable": False}, 10, 7, 0),

@@ -48,10 +48,9 @@ class StairsRejectionSampler(RejectionSampler):
         num_drafts = metadata.cu_num_draft_tokens.diff(
             prepend=metadata.cu_num_draft_tokens.new_zeros(1)
         ).to(torch.int64)
-        if sampling_metadata.logprob_token_ids:
-            # vLLM has logprobs of chosen ids in its plain sampler only. The runner drafts for
-            # nobody beside such a request, but it may arrive between a draft and its validation:
-            # then only the first stairs count.
+        if needs_plain_sampling(sampling_metadata):
+            # The runner drafts for nobody beside such a request, but it may arrive between a draft
+            # and its validation: then only the first stairs count.
             first = metadata.bonus_logits_indices - num_drafts
             return self.sampler(logits=logits[first], sampling_metadata=sampling_metadata)
         if _takes_raw_argmax(sampling_metadata):
@@ -84,8 +83,15 @@ class StairsRejectionSampler(RejectionSampler):
             else "raw_logits",
         )
         raw = logits[metadata.target_logits_indices].to(torch.float32)
-        processed = self.apply_logits_processors(raw.clone(), sampling_metadata, metadata)
-        processed = self._constrain(processed, num_drafts, sampling_metadata)
+        request = torch.repeat_interleave(
+            torch.arange(len(num_drafts), device=logits.device),
+            num_drafts,
+            output_size=raw.shape[0],
+        )
+        # Before penalties, as in vLLM's sampler: a repetition penalty depends on the sign.
+        processed = _add_bias(raw.clone(), request, sampling_metadata)
+        processed = self.apply_logits_processors(processed, sampling_metadata, metadata)
+        processed = _constrain(processed, request, sampling_metadata)
 
         sampled_token_ids = validate_sampled_batch(
             draft_token_ids=metadata.draft_token_ids,
@@ -115,43 +121,57 @@ class StairsRejectionSampler(RejectionSampler):
             )
         return SamplerOutput(sampled_token_ids=sampled_token_ids, logprobs_tensors=logprobs)
 
-    def _constrain(
-        self, logits: torch.Tensor, num_drafts: torch.Tensor, sampling_metadata: Any
-    ) -> torch.Tensor:
-        """What vLLM's sampler does beyond ``apply_logits_processors``, on drafted rows.
 
-        In its order: logit bias, temperature, min_p, top-k and top-p.
+def needs_plain_sampling(sampling_metadata: Any) -> bool:
+    """Whether a request of the batch asks for what vLLM has in its plain sampler only.
 
-        Args:
-            logits: ``[drafts, vocabulary]``; changed in place.
-            num_drafts: ``[batch]``.
-        """
-        request = torch.repeat_interleave(
-            torch.arange(len(num_drafts), device=logits.device),
-            num_drafts,
-            output_size=logits.shape[0],
-        )
-        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
-            if isinstance(processor, LogitBiasLogitsProcessor):
-                for index, bias in processor.biases.items():
-                    rows = (request == index).nonzero()
-                    ids = torch.tensor(list(bias), device=logits.device)
-                    logits[rows, ids] += torch.tensor(list(bias.values()), device=logits.device)
-        if sampling_metadata.all_greedy:
-            return logits
-        temperature = sampling_metadata.temperature[request]
-        logits.div_(torch.where(temperature == 0, 1.0, temperature)[:, None])
-        for processor in sampling_metadata.logitsprocs.argmax_invariant:
-            if isinstance(processor, MinPLogitsProcessor) and processor.min_p_count:
-                probs = logits.softmax(-1)
-                least = probs.amax(-1, keepdim=True) * processor.min_p[request]
-                logits.masked_fill_(probs < least, -float("inf"))
-        top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
-        return apply_top_k_top_p(
-            logits,
-            None if top_k is None else top_k[request],
-            None if top_p is None else top_p[request],
-        )
+    Logprobs of chosen ids, and thinking budgets: vLLM's speculation forces the end of thinking at
+    other places than plain decoding does.
+    """
+    holder = sampling_metadata.thinking_budget_state_holder
+    return bool(sampling_metadata.logprob_token_ids) or (
+        holder is not None and holder.has_tracked_requests()
+    )
+
+
+def _add_bias(logits: torch.Tensor, request: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
+    """Apply ``logit_bias`` to drafted rows.
+
+    Args:
+        logits: ``[drafts, vocabulary]``; changed in place.
+        request: ``[drafts]``, int64: the request of each row.
+    """
+    for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+        if isinstance(processor, LogitBiasLogitsProcessor):
+            for index, bias in processor.biases.items():
+                rows = (request == index).nonzero()
+                ids = torch.tensor(list(bias), device=logits.device)
+                logits[rows, ids] += torch.tensor(list(bias.values()), device=logits.device)
+    return logits
+
+
+def _constrain(logits: torch.Tensor, request: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
+    """Apply temperature, ``min_p``, ``top_k`` and ``top_p`` to drafted rows, in vLLM's order.
+
+    Args:
+        logits: ``[drafts, vocabulary]``; changed in place.
+        request: ``[drafts]``, int64: the request of each row.
+    """
+    if sampling_metadata.all_greedy:
+        return logits
+    temperature = sampling_metadata.temperature[request]
+    logits.div_(torch.where(temperature == 0, 1.0, temperature)[:, None])
+    for processor in sampling_metadata.logitsprocs.argmax_invariant:
+        if isinstance(processor, MinPLogitsProcessor) and processor.min_p_count:
+            probs = logits.softmax(-1)
+            least = probs.amax(-1, keepdim=True) * processor.min_p[request]
+            logits.masked_fill_(probs < least, -float("inf"))
+    top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
+    return apply_top_k_top_p(
+        logits,
+        None if top_k is None else top_k[request],
+        None if top_p is None else top_p[request],
+    )
 
 
 def _is_greedy(sampling_metadata: Any, num_drafts: torch.Tensor) -> torch.Tensor | None:
@@ -179,15 +199,12 @@ def _exponential_noise(
 
 def _takes_raw_argmax(sampling_metadata: Any) -> bool:
     """Whether every request of the batch is greedy over unprocessed logits."""
-    holder = sampling_metadata.thinking_budget_state_holder
     return (
         sampling_metadata.all_greedy
         and sampling_metadata.max_num_logprobs is None
-        and not sampling_metadata.logprob_token_ids
         and sampling_metadata.no_penalties
         and not sampling_metadata.bad_words_token_ids
         and sampling_metadata.allowed_token_ids_mask is None
-        and (holder is None or not holder.has_tracked_requests())
         and all(
             _is_idle(processor) for processor in sampling_metadata.logitsprocs.non_argmax_invariant
         )

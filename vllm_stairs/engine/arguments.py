@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -27,6 +28,10 @@ from vllm_stairs.config import (
 
 _CPU_WORKER = "vllm_stairs.engine.worker.StairsCPUWorker"
 _GPU_WORKER = "vllm_stairs.engine.worker.StairsGPUWorker"
+
+# Arguments that came from a command line, where an error is one line and no traceback. Not an
+# attribute: vLLM makes copies with ``EngineArgs(**vars(engine_args))``.
+_from_command_line: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 # The keys of vLLM's speculative_config that mean something to a draft model here. Keys of other
 # methods, keys that vLLM fills in itself, and keys of releases that this one was not read with stop
@@ -126,7 +131,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
             )
         args.speculative_config = {**given, **options}
     engine_args = original(cls, args)
-    engine_args._stairs_from_command_line = True
+    _from_command_line[id(engine_args)] = engine_args
     return engine_args
 
 
@@ -153,7 +158,7 @@ def create_speculative_config(
             )
         return build(engine_args, target_model_config, target_parallel_config)
     except ValueError as error:
-        if getattr(engine_args, "_stairs_from_command_line", False):
+        if _from_command_line.get(id(engine_args)) is engine_args:
             _exit(str(error))
         raise
 

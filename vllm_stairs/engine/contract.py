@@ -187,6 +187,7 @@ HOOKS: tuple[Hook, ...] = (
         None,
         "state read by the runner",
         "token_ids_cpu",
+        "thinking_budget_state_holder",
         "num_tokens_no_spec",
         "logitsprocs",
         "block_table",

@@ -20,7 +20,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_stairs.config import request_max_height
-from vllm_stairs.engine.acceptor import StairsRejectionSampler
+from vllm_stairs.engine.acceptor import StairsRejectionSampler, needs_plain_sampling
 from vllm_stairs.engine.metrics import Counters
 from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
@@ -52,6 +52,7 @@ class StairsModelRunnerMixin:
             for processor in BUILTIN_LOGITS_PROCESSORS
         )
         self.input_batch.sampling_metadata = self.input_batch._make_sampling_metadata()
+        self._budget_thinking_plainly()
 
         self.stairs_limits: dict[str, RequestLimits] = {}
         self.stairs_ledger: DraftKVLedger | None = None
@@ -79,12 +80,20 @@ class StairsModelRunnerMixin:
     ) -> None:
         """Also start the ledger of the draft's KV cache, and say what the draft costs."""
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)  # type: ignore[misc]
+        # vLLM may have made a new input batch for the cache's block sizes.
+        self._budget_thinking_plainly()
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
         self.stairs_ledger = DraftKVLedger(
             kv_cache_config.num_blocks, group.kv_cache_spec.block_size
         )
         if not is_profiling and get_tensor_model_parallel_rank() == 0:
             self._say_what_the_draft_costs(kv_cache_config)
+
+    def _budget_thinking_plainly(self: Any) -> None:
+        """Requests with a thinking budget are decoded plainly (``needs_plain_sampling``)."""
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            holder.in_spec_mode = False
 
     def _say_what_the_draft_costs(self: Any, kv_cache_config: Any) -> None:
         draft_layers = self.drafter._draft_attn_layer_names
@@ -277,8 +286,7 @@ class StairsModelRunnerMixin:
         req_ids = self.input_batch.req_ids
         num_tokens = self.input_batch.num_tokens_no_spec[: len(req_ids)].tolist()
         group = self.drafter.kv_cache_gid
-        # vLLM's rejection sampler has no logprobs of chosen ids; such a batch decodes plainly.
-        if sampling_metadata.logprob_token_ids:
+        if needs_plain_sampling(sampling_metadata):
             max_height = 0
         chosen: list[tuple[int, int, int, int]] = []
         for row, req_id in enumerate(req_ids):
@@ -366,14 +374,14 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
     params = request.sampling_params
     own = request_max_height(params.extra_args)
     prompt = request.prompt_token_ids
-    # The draft cannot read a prompt of embeddings; and vLLM's speculation has no logprobs of
-    # chosen ids.
-    draftable = prompt is not None and not params.logprob_token_ids
+    num_prompt_tokens = len(prompt or ())
     return RequestLimits(
         max_height=max_height if own is None else min(own, max_height),
-        max_tokens=len(prompt or ()) + params.max_tokens,
+        min_tokens=num_prompt_tokens + params.min_tokens,
+        max_tokens=num_prompt_tokens + params.max_tokens,
         stop_token_ids=frozenset() if params.ignore_eos else frozenset(params.all_stop_token_ids),
-        draftable=draftable,
+        # The draft cannot read a prompt of embeddings.
+        draftable=prompt is not None,
     )
 
 

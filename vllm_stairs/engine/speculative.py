@@ -1,7 +1,7 @@
 """The speculative configuration of the method ``stairs``.
 
-A subclass of vLLM's own, built with ``method="draft_model"``: it pickles to vLLM's processes,
-survives ``replace``, and every part of vLLM that asks for a draft model's KV cache, lookahead
+A subclass of vLLM's own, built with ``method="draft_model"``: it pickles to vLLM's processes, and
+every part of vLLM that asks for a draft model's KV cache, lookahead
 slots or attention groups gets the right answer. ``isinstance`` is the marker everywhere.
 """
 

@@ -26,6 +26,8 @@ class DraftKVLedger:
         self._filled = [0] * num_blocks
         # Request -> leading tokens that are known to be valid; absent: look at the blocks.
         self._valid: dict[str, int] = {}
+        # Request -> leading tokens whose blocks are marked as far as they are filled.
+        self._marked: dict[str, int] = {}
         # Requests whose last staircase the target has not judged yet.
         self._unsettled: set[str] = set()
 
@@ -48,6 +50,7 @@ class DraftKVLedger:
     def release(self, request_id: str) -> None:
         """A request left the batch. Its blocks may live on in the prefix cache."""
         self._valid.pop(request_id, None)
+        self._marked.pop(request_id, None)
         self._unsettled.discard(request_id)
 
     def wrote(self, request_id: str, num_tokens: int) -> None:
@@ -72,7 +75,8 @@ class DraftKVLedger:
         self._unsettled.discard(request_id)
         valid = min(self._valid[request_id], num_confirmed)
         self._valid[request_id] = valid
-        self._mark(block_ids, valid)
+        self._mark(block_ids, self._marked.get(request_id, 0), valid)
+        self._marked[request_id] = valid
 
     def valid_tokens(self, request_id: str, block_ids: Sequence[int], num_confirmed: int) -> int:
         """Leading tokens whose draft KV is valid, for a settled request.
@@ -98,20 +102,18 @@ class DraftKVLedger:
                     break
             valid = min(max(valid, length), num_confirmed)
             self._valid[request_id] = valid
+        self._marked[request_id] = valid
         return valid
 
-    def _mark(self, block_ids: Sequence[int], end: int) -> None:
-        """Slots before ``end`` hold text: whoever inherits their blocks may rely on them."""
-        if end == 0:
-            return
+    def _mark(self, block_ids: Sequence[int], start: int, end: int) -> None:
+        """Slots from ``start`` to ``end`` hold text: who inherits their blocks may rely on them.
+
+        Blocks before ``start`` are left alone: with a sliding window they may be another's by now.
+        """
         size = self.block_size
-        block = (end - 1) // size
-        self._filled[block_ids[block]] = max(self._filled[block_ids[block]], end - block * size)
-        # Blocks behind the last one become full once; stop where that was already known.
-        for block_id in reversed(block_ids[:block]):
-            if self._filled[block_id] == size:
-                break
-            self._filled[block_id] = size
+        for block in range(start // size, -(-end // size)):
+            block_id = block_ids[block]
+            self._filled[block_id] = max(self._filled[block_id], min(end - block * size, size))
 
     def _forget(self, block_ids: Sequence[int]) -> None:
         for block_id in block_ids:

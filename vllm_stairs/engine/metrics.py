@@ -43,7 +43,6 @@ class Counters:
         self._seconds = values[1:4]
         self.heights = values[4 : 4 + size]
         self.accepted = values[4 + size : 4 + 2 * size]
-        self.last_draft_seconds = 0.0
 
     @staticmethod
     def num_values(max_height: int) -> int:
@@ -68,8 +67,6 @@ class Counters:
     def add_time(self, phase: str, seconds: float) -> None:
         """Add to the time spent in one of :data:`PHASES`."""
         self._seconds[PHASES.index(phase)] += seconds
-        if phase == "draft":
-            self.last_draft_seconds = seconds
 
     def seconds(self) -> dict[str, float]:
         """Seconds per phase, as the worker's host saw them."""

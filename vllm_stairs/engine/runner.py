@@ -70,8 +70,9 @@ class StairsModelRunnerMixin:
             if config.stairs.height == "auto"
             else FixedHeight(config.num_speculative_tokens)
         )
-        # Milliseconds of the last drafting; None where it had to catch up on text first.
-        self._stairs_draft_ms: float | None = None
+        self._stairs_draft_seconds = 0.0
+        # Whether the last drafting had to read more text than a usual step leaves.
+        self._stairs_caught_up = False
 
     # ----------------------------------------------------------------------- start-up
 
@@ -272,11 +273,10 @@ class StairsModelRunnerMixin:
             for row, token_ids in zip(batch.rows.tolist(), written.token_ids, strict=True):
                 drafts[row] = token_ids
             self._after_drafting(batch, written)
-        seconds = time.perf_counter() - start
-        self.stairs_counters.add_time("draft", seconds)
+        self._stairs_draft_seconds = time.perf_counter() - start
+        self.stairs_counters.add_time("draft", self._stairs_draft_seconds)
         # In the usual step a draft pass reads the newest token, or that and the last draft.
-        caught_up = bool((batch.num_tokens - batch.num_valid > 2).any())
-        self._stairs_draft_ms = None if caught_up else seconds * 1e3
+        self._stairs_caught_up = bool((batch.num_tokens - batch.num_valid > 2).any())
         return drafts
 
     def _plan(
@@ -344,7 +344,7 @@ class StairsModelRunnerMixin:
                 heights[staircases].tolist(),
                 (emitted[staircases] - 1).tolist(),
                 target_ms=self._stairs_target_seconds * 1e3 if decodes_only else None,
-                draft_ms=self._stairs_draft_ms,
+                draft_ms=None if self._stairs_caught_up else self._stairs_draft_seconds * 1e3,
             )
         if self.stairs_record is None:
             return
@@ -359,7 +359,7 @@ class StairsModelRunnerMixin:
                 "probability": [round(value, 6) for value in confidence[:height]],
                 "emitted": sampled_token_ids[row],
                 "rows": scheduler_output.total_num_scheduled_tokens,
-                "draft_ms": round(self.stairs_counters.last_draft_seconds * 1e3, 3),
+                "draft_ms": round(self._stairs_draft_seconds * 1e3, 3),
                 "target_ms": round(self._stairs_target_seconds * 1e3, 3),
             }
             self.stairs_record.write(json.dumps(line) + "\n")

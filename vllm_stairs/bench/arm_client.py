@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_stairs.bench.arms import Arm
+from vllm_stairs.bench.environment import end_process_group
 from vllm_stairs.bench.errors import BenchError
 
 PROBE = "vllm_stairs.bench.probe.Probe"
@@ -74,14 +73,7 @@ class ArmClient:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        # The engine runs in the process group that this arm alone uses.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        end_process_group(self._process)
         self._log_file.close()
 
     def _send(self, command: dict[str, Any]) -> None:

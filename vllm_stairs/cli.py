@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vllm_stairs import doctor, prepare
 from vllm_stairs.bench import cli as bench
+from vllm_stairs.distill import cli as distill
 from vllm_stairs.versions import __version__
 
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"vllm-stairs {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (doctor, prepare, bench):
+    for module in (doctor, prepare, bench, distill):
         module.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

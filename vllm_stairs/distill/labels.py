@@ -1,0 +1,127 @@
+"""The target's distribution at every written token, stored as its likeliest ids.
+
+One forward pass of the target over each conversation; of the distribution at a position the
+``k`` likeliest ids are kept with their log-probabilities, the rest of the mass is implied.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_stairs.distill.shards import Shard, save_arrays
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of one forward pass, padding included."""
+ROWS_AT_ONCE = 1024
+"""Positions whose logits over the whole vocabulary are held at once."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of the written tokens of a shard, in order."""
+
+    ids: npt.NDArray[np.int32]
+    """The likeliest ids, best first. Shape [written, k]."""
+    log_probabilities: npt.NDArray[np.float16]
+    """Natural logarithms. Shape [written, k]."""
+
+    def save(self, file: Path) -> None:
+        """Write them whole."""
+        save_arrays(file, {"ids": self.ids, "log_probabilities": self.log_probabilities})
+
+    @classmethod
+    def load(cls, file: Path) -> "Labels":
+        """Read them."""
+        from safetensors.numpy import load_file
+
+        found = load_file(file)
+        return cls(found["ids"], found["log_probabilities"])
+
+
+def batches(shard: Shard, tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[list[int]]:
+    """Conversations of like length together, so that padding is little."""
+    lengths = np.diff(shard.offsets)
+    batch: list[int] = []
+    for number in np.argsort(lengths, kind="stable").tolist():
+        if batch and (len(batch) + 1) * int(lengths[number]) > tokens_at_once:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def label(
+    shard: Shard, model: Any, k: int, progress: Callable[[int], None] = lambda _: None
+) -> Labels:
+    """Run the target over a shard.
+
+    Args:
+        shard: what was written.
+        model: the target, ``AutoModelForCausalLM``, on its device.
+        k: ids to keep at a position.
+        progress: is told how many tokens were done.
+    """
+    import torch
+
+    written = shard.origin > 0
+    row_of = np.cumsum(written) - 1
+    total = int(written.sum())
+    ids = np.zeros((total, k), np.int32)
+    log_probabilities = np.zeros((total, k), np.float16)
+    device = model.device
+    with torch.inference_mode():
+        for batch in batches(shard):
+            places = [shard.conversation(n) for n in batch]
+            longest = max(p.stop - p.start for p in places)
+            # Padding stands at the end, where causal attention does not see it.
+            tokens = np.zeros((len(batch), longest), np.int64)
+            rows, positions, targets = [], [], []
+            for row, place in enumerate(places):
+                tokens[row, : place.stop - place.start] = shard.tokens[place]
+                # The token at position p is foretold at p - 1; nothing foretells the first.
+                found = np.flatnonzero(written[place][1:])
+                rows.append(np.full(len(found), row))
+                positions.append(found)
+                targets.append(row_of[place.start + 1 + found])
+            hidden = model.model(input_ids=torch.from_numpy(tokens).to(device)).last_hidden_state
+            chosen = hidden[np.concatenate(rows), np.concatenate(positions)]
+            where = np.concatenate(targets)
+            for start in range(0, len(where), ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
+                best, values = _likeliest(model, chosen[part], k)
+                ids[where[part]] = best
+                log_probabilities[where[part]] = values
+            progress(int(written[np.concatenate([np.r_[p] for p in places])].sum()))
+    return Labels(ids, log_probabilities)
+
+
+def _likeliest(
+    model: Any, hidden: Any, k: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+    """The ``k`` likeliest ids after each hidden state, best first.
+
+    The whole vocabulary is seen at the model's own precision; the few that are kept are then
+    computed in float32, because bfloat16 logits tie where the draft is to learn a difference.
+    """
+    import torch
+
+    logits = model.lm_head(hidden).float()
+    soft_cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = getattr(model.config, "logits_scaling", None)
+    if soft_cap or scale:  # Left as they are: what follows would have to repeat them.
+        logits = logits / scale if scale else logits
+        logits = torch.tanh(logits / soft_cap) * soft_cap if soft_cap else logits
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    values, ids = logits.topk(k, dim=-1)
+    if not (soft_cap or scale):
+        weight = model.lm_head.weight[ids].float()  # [rows, k, hidden size]
+        values = torch.einsum("rkh,rh->rk", weight, hidden.float())
+        values, order = values.sort(dim=-1, descending=True)
+        ids = ids.gather(-1, order)
+    log_probabilities = (values - normaliser).clamp(max=0.0)
+    return ids.int().cpu().numpy(), log_probabilities.half().cpu().numpy()

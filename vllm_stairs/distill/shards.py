@@ -1,0 +1,190 @@
+"""Conversations on disk: shards of safetensors, written whole or not at all."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_stairs.distill.conversations import GREEDY, Talk
+from vllm_stairs.distill.errors import DistillError
+
+SETTINGS_FILE = "data.json"
+HELD_OUT_EVERY = 40
+"""One conversation in so many is never trained on; acceptance is measured on these."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some conversations, one after the other."""
+
+    tokens: npt.NDArray[np.int32]
+    """Shape [number of tokens]."""
+    origin: npt.NDArray[np.uint8]
+    """Of each token, see :mod:`.conversations`. Shape [number of tokens]."""
+    offsets: npt.NDArray[np.int64]
+    """Where each conversation begins, and the end. Shape [conversations + 1]."""
+    group: npt.NDArray[np.int16]
+    """Index into :attr:`groups`. Shape [conversations]."""
+    held_out: npt.NDArray[np.bool_]
+    """Shape [conversations]."""
+    groups: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def conversation(self, number: int) -> slice:
+        """Where conversation ``number`` lies in :attr:`tokens`."""
+        return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
+
+    @property
+    def written(self) -> int:
+        """Number of tokens that were not given."""
+        return int((self.origin > 0).sum())
+
+
+class Folder:
+    """The shards of one set of settings, in one folder.
+
+    Args:
+        path: is made if it is not there.
+        settings: how the data are made; a folder made otherwise is refused.
+
+    Raises:
+        DistillError: the folder holds the data of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        wanted = json.loads(json.dumps(dict(settings)))
+        file = path / SETTINGS_FILE
+        if file.is_file():
+            found = json.loads(file.read_text())
+            different = sorted(
+                k for k in {*found, *wanted} if found.get(k, "?") != wanted.get(k, "?")
+            )
+            if different:
+                raise DistillError(
+                    f"{str(path)!r} holds the data of another run (different: "
+                    f"{', '.join(different)}): choose another --work folder, or the same settings"
+                )
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(wanted, indent=2) + "\n")
+
+    def file(self, index: int) -> Path:
+        """Of shard ``index``, whether it is there or not."""
+        return self.path / f"shard-{index:05d}.safetensors"
+
+    def labels_file(self, index: int) -> Path:
+        """Of the labels of shard ``index``, whether they are there or not."""
+        return self.path / f"labels-{index:05d}.safetensors"
+
+    def indices(self) -> list[int]:
+        """The shards that are there."""
+        return sorted(int(f.stem.split("-")[1]) for f in self.path.glob("shard-*.safetensors"))
+
+    def load(self, index: int) -> Shard:
+        """Read a shard."""
+        from safetensors.numpy import load_file
+
+        found = load_file(self.file(index))
+        names = json.loads(bytes(found["groups"]).decode())
+        return Shard(
+            found["tokens"],
+            found["origin"],
+            found["offsets"],
+            found["group"],
+            found["held_out"].astype(bool),
+            tuple(names),
+        )
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards, one at a time."""
+        for index in self.indices():
+            yield self.load(index)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' files, in order."""
+        digest = hashlib.sha256()
+        for index in self.indices():
+            digest.update(hashlib.sha256(self.file(index).read_bytes()).digest())
+        return digest.hexdigest()
+
+    def save(self, index: int, talks: Sequence[Talk], seen: set[bytes]) -> Shard:
+        """Write a shard, without the conversations that are ``seen`` already.
+
+        Args:
+            index: of the shard.
+            talks: finished conversations.
+            seen: fingerprints of the conversations so far; is added to.
+        """
+        kept = []
+        for talk in talks:
+            name = _name(talk.tokens)
+            if name not in seen:
+                seen.add(name)
+                kept.append((talk, name))
+        groups = sorted({talk.seed.group for talk, _ in kept})
+        lengths = [len(talk.tokens) for talk, _ in kept]
+        shard = Shard(
+            np.array([t for talk, _ in kept for t in talk.tokens], np.int32),
+            np.array([o for talk, _ in kept for o in talk.origin], np.uint8),
+            np.cumsum([0, *lengths]).astype(np.int64),
+            np.array([groups.index(talk.seed.group) for talk, _ in kept], np.int16),
+            np.array([talk.greedy and name[0] < 256 / HELD_OUT_EVERY for talk, name in kept], bool),
+            tuple(groups),
+        )
+        save_arrays(
+            self.file(index),
+            {
+                "tokens": shard.tokens,
+                "origin": shard.origin,
+                "offsets": shard.offsets,
+                "group": shard.group,
+                "held_out": shard.held_out.astype(np.uint8),
+                "groups": np.frombuffer(json.dumps(groups).encode(), np.uint8),
+            },
+        )
+        return shard
+
+    def seen(self) -> set[bytes]:
+        """Fingerprints of the conversations that are on disk."""
+        return {
+            _name(shard.tokens[shard.conversation(n)].tolist())
+            for shard in self.shards()
+            for n in range(len(shard))
+        }
+
+
+def save_arrays(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write a safetensors file beside its place, then rename it.
+
+    Raises:
+        DistillError: the disk is full.
+    """
+    from safetensors.numpy import save_file
+
+    partial = file.with_suffix(".partial")
+    try:
+        save_file(dict(arrays), partial)
+        partial.rename(file)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        if "No space left" in str(error):
+            raise DistillError(f"the disk is full: no room for {str(file)!r}") from None
+        raise
+
+
+def greedy_region(origin: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Where greedy drafts can be judged: tokens that are the writer's best."""
+    region: npt.NDArray[np.bool_] = origin == GREEDY
+    return region
+
+
+def _name(tokens: Sequence[int]) -> bytes:
+    return hashlib.blake2b(np.array(tokens, np.int32).tobytes(), digest_size=12).digest()

@@ -1,0 +1,310 @@
+"""The draft learns to agree with the target, with Transformers' own trainer."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from vllm_stairs.distill import acceptance
+from vllm_stairs.distill.acceptance import Acceptance, Text
+from vllm_stairs.distill.labels import Labels
+from vllm_stairs.distill.losses import distance
+from vllm_stairs.distill.shards import Folder, Shard, greedy_region
+from vllm_stairs.proposer.vocabulary import covering_ids
+
+HEAD_COVERAGE = 0.9998
+"""The loss is computed over the ids that make up this share of the data: the head over a whole
+vocabulary would take most of the time, for ids that hardly occur."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train."""
+
+    loss: str = "kl"
+    learning_rate: float = 1e-3
+    epochs: float = 3.0
+    batch: int = 16
+    """Conversations a step."""
+    evaluations: int = 10
+    """Times that the acceptance is measured on the way, at even distances."""
+    patience: int = 3
+    """Stop after so many evaluations without a better acceptance length."""
+    mixed_precision: bool = True
+    seed: int = 0
+
+
+class Examples(torch.utils.data.Dataset[dict[str, Any]]):
+    """Conversations to train on, with their labels.
+
+    All of them are in memory: about 5 bytes a token and 6 a label.
+    """
+
+    def __init__(self, folders: Sequence[Folder]) -> None:
+        self._items: list[tuple[Shard, Labels, npt.NDArray[np.int64], int]] = []
+        for folder in folders:
+            for index in folder.indices():
+                shard, labels = folder.load(index), Labels.load(folder.labels_file(index))
+                row_of = np.cumsum(shard.origin > 0) - 1
+                for number in np.flatnonzero(~shard.held_out).tolist():
+                    if (shard.origin[shard.conversation(number)][1:] > 0).any():
+                        self._items.append((shard, labels, row_of, number))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def lengths(self) -> list[int]:
+        """Of the conversations, in tokens."""
+        return [int(s.offsets[n + 1] - s.offsets[n]) for s, _, _, n in self._items]
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        shard, labels, row_of, number = self._items[item]
+        place = shard.conversation(number)
+        positions = np.flatnonzero(shard.origin[place][1:] > 0)
+        rows = row_of[place.start + 1 + positions]
+        return {
+            "input_ids": shard.tokens[place],
+            "positions": positions,
+            "ids": labels.ids[rows],
+            "log_probabilities": labels.log_probabilities[rows],
+        }
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Puts conversations side by side; padding stands at the end, where nothing sees it."""
+
+    column: torch.Tensor
+    """Of each id, its column in the trained head, or -1. Shape [vocabulary]."""
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch."""
+        longest = max(len(item["input_ids"]) for item in items)
+        tokens = np.zeros((len(items), longest), np.int64)
+        for row, item in enumerate(items):
+            tokens[row, : len(item["input_ids"])] = item["input_ids"]
+        return {
+            "input_ids": torch.from_numpy(tokens),
+            "positions": torch.from_numpy(
+                np.concatenate(
+                    [row * longest + item["positions"] for row, item in enumerate(items)]
+                )
+            ),
+            "ids": self.column[torch.from_numpy(np.concatenate([i["ids"] for i in items])).long()],
+            "log_probabilities": torch.from_numpy(
+                np.concatenate([i["log_probabilities"] for i in items])
+            ),
+        }
+
+
+class DraftTrainer(Trainer):
+    """Transformers' trainer with our loss and our measure."""
+
+    control: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        head_ids: torch.Tensor,
+        loss: str,
+        held_out: Sequence[Text],
+        lengths: list[int],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_ids = head_ids.to(self.args.device)
+        self.loss_kind = loss
+        self.held_out = held_out
+        self.lengths = lengths
+        self.by_group: dict[str, Acceptance] = {}
+        self.curve: list[dict[str, float]] = []
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Distance to the target at every labelled position."""
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
+        logits = torch.nn.functional.linear(chosen, model.lm_head.weight[self.head_ids])
+        found: torch.Tensor = distance(
+            self.loss_kind, logits, inputs["ids"], inputs["log_probabilities"]
+        )
+        return found
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Acceptance on held-out text."""
+        with self.compute_loss_context_manager():
+            self.by_group = acceptance.measure(self.model, self.held_out)
+        first, length = acceptance.mean(self.by_group)
+        figures = {"eval_acceptance": first, "eval_acceptance_length": length}
+        self.curve.append({"step": self.state.global_step, **figures})
+        self.log(dict(figures))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, figures
+        )
+        return figures
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return LengthGroupedSampler(
+            self.args.train_batch_size,
+            lengths=self.lengths,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+
+class Lines(TrainerCallback):
+    """A line for the user after each evaluation."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        """Called by the trainer."""
+        share = state.global_step / max(1, state.max_steps)
+        self._say(
+            f"step {state.global_step} of {state.max_steps} ({share:.0%}): held-out first-position "
+            f"acceptance {metrics['eval_acceptance']:.3f}, acceptance length at "
+            f"K={acceptance.HEIGHT} {metrics['eval_acceptance_length']:.2f}"
+        )
+
+
+def held_out_texts(folders: Sequence[Folder], at_most: int = 400) -> list[Text]:
+    """The greedy conversations that are never trained on."""
+    texts = []
+    for folder in folders:
+        for shard in folder.shards():
+            for number in np.flatnonzero(shard.held_out).tolist():
+                place = shard.conversation(number)
+                greedy = greedy_region(shard.origin[place])
+                if greedy.any():
+                    group = shard.groups[shard.group[number]]
+                    texts.append(Text(shard.tokens[place], greedy, group))
+    return texts[:at_most]
+
+
+def frequencies(folders: Sequence[Folder], vocabulary: int) -> npt.NDArray[np.int64]:
+    """How often each id was written. Shape [vocabulary]."""
+    counts = np.zeros(vocabulary, np.int64)
+    for folder in folders:
+        for shard in folder.shards():
+            counts += np.bincount(shard.tokens[shard.origin > 0], minlength=vocabulary)
+    return counts
+
+
+def trained_ids(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The most frequent ids that make up :data:`HEAD_COVERAGE` of the data, ascending."""
+    return np.sort(covering_ids(counts, HEAD_COVERAGE))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete one: the trainer writes its state last."""
+    found = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda f: int(f.name.split("-")[1]), default=None)
+
+
+def train(
+    draft: Any,
+    folders: Sequence[Folder],
+    recipe: Recipe,
+    work: Path,
+    *,
+    device: str,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Acceptance], list[dict[str, float]]]:
+    """Train ``draft`` in place; goes on from the last checkpoint in ``work``.
+
+    Args:
+        draft: the model; parameters that do not require gradients stay.
+        folders: the data.
+        recipe: how.
+        work: for checkpoints.
+        device: ``cpu`` or ``cuda``.
+        say: is given lines for the user.
+
+    Returns:
+        The held-out acceptance of the best state, by group, and the curve of it over the steps.
+    """
+    examples = Examples(folders)
+    held_out = held_out_texts(folders)
+    head_ids = torch.from_numpy(trained_ids(frequencies(folders, draft.config.vocab_size)))
+    column = torch.full((draft.config.vocab_size,), -1)
+    column[head_ids] = torch.arange(len(head_ids))
+    steps = max(1, int(len(examples) * recipe.epochs / recipe.batch))
+    every = max(1, steps // recipe.evaluations)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, max(1, steps // 20)),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=recipe.mixed_precision,
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_acceptance_length",
+        greater_is_better=True,
+        logging_steps=max(1, every // 4),
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_drop_last=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+    )
+    trainer = DraftTrainer(
+        model=draft,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=[],
+        data_collator=Collator(column),
+        callbacks=[EarlyStoppingCallback(recipe.patience), Lines(say)],
+        head_ids=head_ids,
+        loss=recipe.loss,
+        held_out=held_out,
+        lengths=examples.lengths(),
+    )
+    say(
+        f"training on {len(examples)} conversations, {steps} steps, {len(head_ids)} of "
+        f"{draft.config.vocab_size} ids; held out: {len(held_out)}"
+    )
+    curve_file = work / "curve.json"
+    checkpoint = last_checkpoint(work)
+    if checkpoint is None:
+        trainer.evaluate()
+    else:
+        say(f"going on from step {checkpoint.name.split('-')[1]}")
+        if curve_file.is_file():
+            done = int(checkpoint.name.split("-")[1])
+            trainer.curve += [p for p in json.loads(curve_file.read_text()) if p["step"] <= done]
+    trainer.add_callback(_Curve(trainer, curve_file))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    best = acceptance.measure(trainer.model, held_out)
+    return best, trainer.curve
+
+
+class _Curve(TrainerCallback):
+    """Keeps the curve on disk, for a run that is resumed."""
+
+    def __init__(self, trainer: DraftTrainer, file: Path) -> None:
+        self._trainer, self._file = trainer, file
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Called by the trainer."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps(self._trainer.curve, indent=1) + "\n")

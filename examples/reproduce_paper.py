@@ -9,7 +9,8 @@ Methods: the large model alone; Hugging Face's assisted generation (batch 1, it 
 stairs as published (a batch of growing sequences, a fixed number of assistant tokens; with
 the KV caches that ours has, and at batch 1 without any, since it is not known which it had);
 ours (one packed sequence, adaptive height). Runs of all methods are interleaved; figures are
-medians. Without --target a pair of small T5 models is trained on the spot and padded into the
+medians of at least five runs at batch 1. There are 16 inputs, which larger batches use again.
+Without --target a pair of small T5 models is trained on the spot and padded into the
 shapes of T5-large (or T5-3B) and T5-small: real shapes and cost, a small model's text. See
 docs/paper.md.
 """
@@ -23,7 +24,6 @@ import pathlib
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +33,7 @@ import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from vllm_stairs.bench.provenance import commit
 from vllm_stairs.hf import StairsStats, stairs
 from vllm_stairs.hf.prepack import can_prepack, prepacked
 from vllm_stairs.hf.shapes import T5_SHAPES, pad_t5, t5_shape
@@ -218,6 +219,9 @@ SENTENCES = [
 
 # -- measuring ---------------------------------------------------------------------------
 
+AT_LEAST = 5
+"""Runs of each method at batch 1 (where ``--repeats`` asks for so many), however long they take."""
+
 Method = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -239,7 +243,9 @@ def median(values: list[float]) -> float:
 def bleu(hypotheses: list[str], references: list[str]) -> float:
     import sacrebleu
 
-    return float(sacrebleu.corpus_bleu(hypotheses, [references]).score)
+    # The effective order: texts of fewer than four words can be identical too.
+    result = sacrebleu.corpus_bleu(hypotheses, [references], use_effective_order=True)
+    return float(result.score)
 
 
 class Bench:
@@ -293,11 +299,13 @@ class Bench:
         methods: dict[str, tuple[Method, StairsStats | None]],
         batches: list[dict[str, torch.Tensor]],
         deadline: float,
+        at_least: int = 1,
     ) -> dict[str, dict[str, Any]]:
         """One run of every method on every batch, in an order that rotates.
 
         The first of ``methods`` is the reference for text and time. Stops after the batch in
-        which the deadline passes; every method has then run on the same batches.
+        which the deadline passes, though not before ``at_least`` batches; every method has then
+        run on the same batches.
         """
         names = list(methods)
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -307,9 +315,12 @@ class Bench:
                 spent, rows = self.timed(methods[name][0], batch)
                 seconds[name].append(spent)
                 texts[name].extend(rows)
-            if time.time() > deadline:
+            if number + 1 >= at_least and time.time() > deadline:
                 break
         reference = names[0]
+        inputs = [
+            tuple(row) for batch in batches[: number + 1] for row in batch["input_ids"].tolist()
+        ]
         result = {}
         for name in names:
             own = [self.words(row) for row in texts[name]]
@@ -332,6 +343,7 @@ class Bench:
                     _text(a) == _text(b) for a, b in zip(texts[name], texts[reference], strict=True)
                 ),
                 "rows": len(texts[name]),
+                "distinct_inputs": len(set(inputs)),
                 **({"stairs": stats.as_dict()} if stats is not None and stats.steps else {}),
             }
         return result
@@ -347,19 +359,10 @@ def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -376,8 +379,8 @@ def table(results: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     lines = [
         "| kernels | batch | method | median s | time against alone | tokens/s | BLEU "
-        "| rows identical | acceptance | acceptance length | mean height |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| rows identical | distinct inputs | acceptance | acceptance length | mean height |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kernels, batches in results["timings"].items():
         for batch, methods in batches.items():
@@ -387,6 +390,7 @@ def table(results: dict[str, Any]) -> str:
                     f"| {kernels} | {batch} | {name} | {run['median_seconds']:.2f} | "
                     f"{run['median_time_ratio']:.2f} | {run['tokens_per_second']:.1f} | "
                     f"{run['bleu_against_alone']:.1f} | {run['rows_identical']}/{run['rows']} | "
+                    f"{run['distinct_inputs']} | "
                     f"{own.get('acceptance', '')} | {own.get('acceptance_length', '')} | "
                     f"{own.get('mean_height', '')} |"
                 )
@@ -461,7 +465,7 @@ def plot(results: dict[str, Any], folder: pathlib.Path) -> list[str]:
     return written
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -471,7 +475,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="t5-large", choices=[*T5_SHAPES, "none"])
     parser.add_argument("--assistant-shape", default="t5-small", choices=[*T5_SHAPES, "none"])
     parser.add_argument("--batches", default="1,4,16")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each method per batch size")
+    parser.add_argument(
+        "--repeats", type=int, default=AT_LEAST, help="runs of each method per batch size"
+    )
     parser.add_argument("--tokens", type=int, default=LONGEST, help="new tokens at most")
     parser.add_argument("--published-n", type=int, default=4, help="its assistant tokens")
     parser.add_argument("--sweep", default="1,2,3,4,6,8", help="heights; empty for none")
@@ -486,7 +492,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", default="results/paper", help="folder for JSON, table, plots")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if bool(arguments.target) != bool(arguments.assistant):
         parser.error("--target and --assistant go together")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -540,8 +546,8 @@ def kernels_for(name: str, *models: Any) -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
     transformers.logging.set_verbosity_error()
     begin = time.time()
     model, assistant, words, prompts, label = load(arguments)
@@ -612,7 +618,9 @@ def main() -> None:
                         if stats is not None:
                             stats.reset()
                     deadline = time.time() + 0.8 * budget * weight / sum(weights)
-                    timings[str(size)] = bench.compare(methods, batches, deadline)
+                    timings[str(size)] = bench.compare(
+                        methods, batches, deadline, at_least=AT_LEAST if size == 1 else 1
+                    )
                     print(
                         f"{kernel} kernels, batch {size}: "
                         + ", ".join(

@@ -1,11 +1,15 @@
 """What `GenerationConfig` and `generate` offer is honoured, or refused in one line."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -17,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.hf.tiny_pairs import early_ends, pair, prompts
 from vllm_stairs.hf import stairs, stairs_generate
+from vllm_stairs.hf.cache import with_roll_back
 
 PROCESSORS: dict[str, dict[str, Any]] = {
     "min_new_tokens": {"min_new_tokens": 12},
@@ -95,6 +100,87 @@ def test_max_time() -> None:
     assert text.shape[1] < 9 + 12
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_limit_far_beyond_what_is_written(kind: str) -> None:
+    """Nothing is reserved for what `max_length` would allow."""
+    model, assistant = pair(kind)
+    inputs = prompts(kind, 3)
+    more = {
+        "max_length": 10**12,
+        "do_sample": False,
+        "eos_token_id": early_ends(model, inputs, 3),
+    }
+    result = stairs_generate(model, assistant, **inputs, **more, adaptive=False)
+    assert torch.equal(result, model.generate(**inputs, **more))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_text_longer_than_what_is_reserved_at_first(kind: str) -> None:
+    model, assistant = pair(kind)
+    inputs = prompts(kind, 3)
+    more: dict[str, Any] = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None}
+    climber = stairs(assistant, adaptive=False)
+    result = model.generate(**inputs, **more, custom_generate=climber)
+    assert torch.equal(result, model.generate(**inputs, **more))
+
+
+def broken_pair(kind: str) -> tuple[Any, Any]:
+    """An assistant that gives NaN as long as one of some tokens is in its text."""
+    model, assistant = pair(kind, noise=0.05)
+    assistant = copy.deepcopy(assistant)
+    embeddings = assistant.get_input_embeddings()
+    with torch.no_grad():
+        if kind == "t5":  # the head is tied; keep the logits of all tokens as they are
+            assistant.lm_head.weight = torch.nn.Parameter(embeddings.weight.clone())
+        embeddings.weight[list(range(3, 64, 3))] = torch.nan
+    return model, assistant
+
+
+def test_an_assistant_without_a_distribution() -> None:
+    """All NaN: nothing is drafted, and nothing is lost."""
+    model, assistant = pair("llama")
+    assistant = copy.deepcopy(assistant)
+    torch.nn.init.constant_(assistant.lm_head.weight, torch.nan)
+    inputs = prompts("llama", 3)
+    for adaptive in (False, True):
+        climber = stairs(assistant, num_speculative_tokens=3, adaptive=adaptive)
+        more: dict[str, Any] = {"max_new_tokens": 20, "custom_generate": climber}
+        expected = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        assert torch.equal(model.generate(**inputs, **more, do_sample=False), expected)
+        assert model.generate(**inputs, **more, do_sample=True).shape[0] == 3
+        assert climber.stats.accepted == 0
+        # The policy learns that this assistant is of no use.
+        assert not adaptive or climber.stats.drafted < 0.8 * climber.stats.staircases
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_sampling_with_a_draft_that_breaks(kind: str) -> None:
+    """Rows in which the assistant overflows go on without it; the distribution is the target's."""
+    model, assistant = broken_pair(kind)
+    ids = torch.tensor([[5, 10, 11, 7]])
+    options = {
+        "do_sample": True,
+        "top_k": 6,
+        "temperature": 1.3,
+        "max_new_tokens": 4,
+        "eos_token_id": None,
+        "num_return_sequences": 3000,
+    }
+    climber = stairs(assistant, num_speculative_tokens=3, adaptive=False)
+    torch.manual_seed(1)
+    ours = model.generate(ids, custom_generate=climber, **options)
+    torch.manual_seed(2)
+    plain = model.generate(ids, **options)
+    for column in (-4, -3, -2, -1):
+        seen = torch.stack(
+            [torch.bincount(text[:, column], minlength=64) for text in (ours, plain)]
+        )
+        seen = seen[:, seen.sum(0) >= 10]
+        assert stats.chi2_contingency(seen.numpy()).pvalue > 1e-3
+    assert climber.stats.accepted > 0
+    assert climber.stats.drafted < 3 * climber.stats.staircases
+
+
 def tokenizer_of_letters() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -128,6 +214,32 @@ def test_stop_strings(kind: str, eos: bool) -> None:
         adaptive=False,
     )
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("place", ["generation_config", "model"])
+def test_stop_strings_of_a_config(place: str) -> None:
+    """Those of the model's own configuration too, which `generate` would look up itself."""
+    model, assistant = pair("llama")
+    model = copy.deepcopy(model)
+    inputs, tokenizer = prompts("llama", 3), tokenizer_of_letters()
+    plain = model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None)
+    stop = "".join(tokenizer.convert_ids_to_tokens(plain[0, -20:-18]))
+    config = GenerationConfig(max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=1)
+    (config if place == "generation_config" else model.generation_config).stop_strings = [stop]
+    expected = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
+    ours = stairs_generate(
+        model, assistant, **inputs, generation_config=config, tokenizer=tokenizer, adaptive=False
+    )
+    assert torch.equal(ours, expected)
+    with pytest.raises(ValueError, match="stop_strings need the model's tokenizer") as caught:
+        stairs_generate(model, assistant, **inputs, generation_config=config)
+    assert one_line(str(caught.value))
+    # As with `generate`: None switches them off.
+    ours = stairs_generate(
+        model, assistant, **inputs, generation_config=config, stop_strings=None, adaptive=False
+    )
+    other = GenerationConfig(max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=1)
+    assert torch.equal(ours, model.generate(**inputs, generation_config=other, stop_strings=None))
 
 
 class Recorder(BaseStreamer):
@@ -257,6 +369,7 @@ def test_missing_assistant() -> None:
     model, _ = pair("llama")
     refused("needs an assistant", model, None)
     refused("needs an assistant", model, "some/model")
+    refused("LlamaModel has no language model head", model, model.model)
 
 
 def test_mismatched_vocabularies() -> None:
@@ -286,6 +399,66 @@ def test_mismatched_vocabularies() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("unk", [None, 4])
+def test_ids_that_the_assistant_lacks(kind: str, unk: int | None) -> None:
+    """It reads unknown, or else padding, instead: in the encoder's input too."""
+    model, _ = pair(kind)
+    small = copy.deepcopy(pair(kind)[1])
+    small.resize_token_embeddings(48)
+    tokenizer = tokenizer_of_letters()
+    if unk is not None:
+        tokenizer.unk_token = tokenizer.convert_ids_to_tokens(unk)
+    read = []
+    hook = small.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, output: read.append(arguments[0].flatten())
+    )
+    inputs = prompts(kind, 3)
+    inputs["input_ids"][:, -4] = 60
+    inputs["attention_mask"][:, -4:] = 1
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    result = stairs_generate(
+        model,
+        small,
+        **inputs,
+        **options,
+        tokenizer=tokenizer,
+        assistant_tokenizer=tokenizer,
+        adaptive=False,
+    )
+    hook.remove()
+    assert torch.equal(result, expected)
+    assert (expected >= 48).any(), "the target should write ids that the assistant lacks"
+    seen = torch.cat(read)
+    assert seen.max() < 48
+    assert (seen == (4 if unk else 0)).any()
+
+
+def test_ids_that_the_target_lacks() -> None:
+    """An error of the caller's, as with `generate`."""
+    model, assistant = pair("llama")
+    for options in ({}, {"custom_generate": stairs(assistant)}):
+        with pytest.raises(IndexError):
+            model.generate(torch.tensor([[5, 64]]), max_new_tokens=4, **options)
+
+
+def test_a_compiled_assistant() -> None:
+    model, assistant = pair("llama")
+    inputs = prompts("llama", 2)
+    more = {"max_new_tokens": 8, "do_sample": False}
+    result = stairs_generate(model, torch.compile(assistant), **inputs, **more, adaptive=False)
+    assert torch.equal(result, model.generate(**inputs, **more))
+
+
+def test_an_offloaded_cache() -> None:
+    cache = DynamicCache()
+    cache.offloading = True
+    with pytest.raises(ValueError, match="not an offloaded one") as caught:
+        with_roll_back(cache, "target")
+    assert one_line(str(caught.value))
+
+
 def test_pairs_of_two_kinds() -> None:
     refused("one kind", pair("llama")[0], pair("t5")[0])
     refused("one kind", pair("t5")[0], pair("llama")[0])
@@ -296,7 +469,10 @@ def test_pairs_of_two_kinds() -> None:
     [
         ("not beam search", {"num_beams": 2}),
         ("prompt_lookup_num_tokens|not assisted generation", {"prompt_lookup_num_tokens": 3}),
-        ("DynamicCache only", {"cache_implementation": "static"}),
+        (
+            "DynamicCache on the model's device only, not StaticCache",
+            {"cache_implementation": "static"},
+        ),
         ("prefill_chunk_size", {"prefill_chunk_size": 4}),
         (
             "does not return attentions",
@@ -311,6 +487,11 @@ def test_pairs_of_two_kinds() -> None:
         ("num_speculative_tokens must be a whole number", {"num_speculative_tokens": 2.5}),
         ("layout must be one of packed, expanded", {"layout": "folded"}),
         ("stop_strings need", {"stop_strings": ["a"]}),
+        ("stop_strings must be a text or a list of texts, not 3", {"stop_strings": 3}),
+        ("stop_strings must be a text or a list of texts", {"stop_strings": ["a", 3]}),
+        ("policy must have the methods of .*int lacks choose", {"policy": 3}),
+        ("leave custom_generate out", {"custom_generate": "some/repository"}),
+        ("does not support synced_gpus", {"synced_gpus": True}),
     ],
 )
 def test_unsupported_options(match: str, options: dict[str, Any]) -> None:
@@ -343,8 +524,6 @@ def test_sliding_windows_are_refused() -> None:
 
 
 def test_a_cache_of_the_callers() -> None:
-    from transformers import DynamicCache
-
     refused("past_key_values of the caller", *pair("llama"), past_key_values=DynamicCache())
 
 
@@ -361,6 +540,21 @@ def test_arguments_that_generate_would_drop(name: str) -> None:
             **prompts("llama", 1), custom_generate=stairs(assistant), **{name: values[name]}
         )
     assert one_line(str(caught.value))
+
+
+def test_synced_gpus_that_generate_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a sharded model on several processes it is on unless it is switched off."""
+    model, assistant = pair("llama")
+    model = copy.deepcopy(model)
+    model._is_fsdp_managed_module = True
+    inputs = prompts("llama", 1)
+    expected = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(stairs_generate(model, assistant, **inputs, max_new_tokens=5), expected)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    refused("does not support synced_gpus", model, assistant)
+    text = stairs_generate(model, assistant, **inputs, max_new_tokens=5, synced_gpus=False)
+    assert torch.equal(text, expected)
 
 
 @pytest.mark.full

@@ -127,9 +127,10 @@ def with_roll_back(cache: Any, owner: str) -> Cache:
     """
     inner = _decoder_cache(cache) if isinstance(cache, Cache) else cache
     if type(inner) is not DynamicCache or inner.offloading:
+        kind = "an offloaded one" if type(inner) is DynamicCache else type(inner).__name__
         raise ValueError(
-            f"stairs rolls the {owner}'s KV cache back and can do so with DynamicCache only, not "
-            f"{type(inner).__name__}: leave cache_implementation unset"
+            f"stairs rolls the {owner}'s KV cache back and can do so with a DynamicCache on the "
+            f"model's device only, not {kind}: leave cache_implementation unset"
         )
     kinds = {type(layer) for layer in inner.layers} - {DynamicLayer}
     if kinds:

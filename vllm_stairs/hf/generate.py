@@ -1,8 +1,9 @@
 """Stairs-assisted generation: the loop, and the two ways to call it."""
 
+import copy
 import inspect
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,36 +19,28 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from vllm_stairs.acceptor.dense import accept_greedy, accept_sampled
 from vllm_stairs.height import FixedHeight, HeightPolicy
-from vllm_stairs.hf.checks import LAYOUTS, check_dropped_arguments, check_options, check_pair
-from vllm_stairs.hf.processors import NEVER, Stopper, process
-from vllm_stairs.hf.reader import Reader, accepts, reads_ragged_rows
+from vllm_stairs.hf.checks import (
+    check_dropped_arguments,
+    check_options,
+    check_pair,
+    check_settings,
+)
+from vllm_stairs.hf.processors import NEVER, Stopper, process, takes_any_text
+from vllm_stairs.hf.reader import Reader, accepts, known_ids, reads_ragged_rows, unknown_id
 from vllm_stairs.hf.stats import StairsStats
 from vllm_stairs.hf.text import Text
 
-DEFAULT_HEIGHT = 8
-"""The largest height unless said otherwise."""
 
-
-def stairs(
-    assistant: PreTrainedModel,
-    *,
-    num_speculative_tokens: int = DEFAULT_HEIGHT,
-    adaptive: bool = True,
-    layout: Literal["packed", "expanded"] = "packed",
-    streamer: Any = None,
-    tokenizer: Any = None,
-    assistant_tokenizer: Any = None,
-    stop_strings: str | list[str] | None = None,
-    policy: HeightPolicy | FixedHeight | None = None,
-) -> "Stairs":
+class Stairs:
     """What ``model.generate(..., custom_generate=stairs(assistant))`` takes.
 
     The text is the one that ``model.generate(...)`` alone would write (greedy), or has its
     distribution (``do_sample=True``). Keep the object to keep what the height policy has
-    learned, and to read ``.stats``.
+    learned, and to read ``.stats``. `stairs` is another name for this class.
 
     Args:
-        assistant: a small model that shares the target's tokenizer.
+        assistant: a small model that shares the target's tokenizer. (One that was given to
+            `torch.compile` runs uncompiled.)
         num_speculative_tokens: the largest height of a staircase, K.
         adaptive: choose each height from measured acceptance and cost; else always K.
         layout: ``packed`` reads a staircase as one sequence, ``expanded`` as the paper's
@@ -59,120 +52,37 @@ def stairs(
         stop_strings: as `generate` takes them (which refuses them without a tokenizer, and
             drops the tokenizer).
         policy: a height policy of your own instead of ``adaptive``.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, or out of bounds.
     """
-    return Stairs(
-        assistant,
-        num_speculative_tokens=num_speculative_tokens,
-        adaptive=adaptive,
-        layout=layout,
-        streamer=streamer,
-        tokenizer=tokenizer,
-        assistant_tokenizer=assistant_tokenizer,
-        stop_strings=stop_strings,
-        policy=policy,
-    )
-
-
-def stairs_generate(
-    model: PreTrainedModel,
-    assistant: PreTrainedModel,
-    inputs: Tensor | None = None,
-    generation_config: GenerationConfig | None = None,
-    *,
-    num_speculative_tokens: int = DEFAULT_HEIGHT,
-    adaptive: bool = True,
-    layout: Literal["packed", "expanded"] = "packed",
-    streamer: Any = None,
-    tokenizer: Any = None,
-    assistant_tokenizer: Any = None,
-    stop_strings: str | list[str] | None = None,
-    policy: HeightPolicy | FixedHeight | None = None,
-    **kwargs: Any,
-) -> Any:
-    """`model.generate` with stairs, as a plain function.
-
-    Args:
-        model: the target.
-        assistant: see :func:`stairs`, as are all named arguments below.
-        inputs: as `generate` takes it.
-        generation_config: as `generate` takes it.
-        num_speculative_tokens: see :func:`stairs`.
-        adaptive: see :func:`stairs`.
-        layout: see :func:`stairs`.
-        streamer: see :func:`stairs`.
-        tokenizer: see :func:`stairs`.
-        assistant_tokenizer: see :func:`stairs`.
-        stop_strings: see :func:`stairs`.
-        policy: see :func:`stairs`.
-        **kwargs: everything else that `generate` takes.
-
-    Returns:
-        What `generate` returns.
-    """
-    if stop_strings is None and generation_config is not None and generation_config.stop_strings:
-        stop_strings = generation_config.stop_strings
-        generation_config = GenerationConfig.from_dict(
-            {**generation_config.to_dict(), "stop_strings": None}
-        )
-    climber = stairs(
-        assistant,
-        num_speculative_tokens=num_speculative_tokens,
-        adaptive=adaptive,
-        layout=layout,
-        streamer=streamer,
-        tokenizer=tokenizer,
-        assistant_tokenizer=assistant_tokenizer,
-        stop_strings=stop_strings,
-        policy=policy,
-    )
-    return model.generate(inputs, generation_config, custom_generate=climber, **kwargs)
-
-
-class Stairs:
-    """The callable that :func:`stairs` returns. Use that function to make one."""
 
     def __init__(
         self,
         assistant: PreTrainedModel,
         *,
-        num_speculative_tokens: int,
-        adaptive: bool,
-        layout: str,
-        streamer: Any,
-        tokenizer: Any,
-        assistant_tokenizer: Any,
-        stop_strings: str | list[str] | None,
-        policy: HeightPolicy | FixedHeight | None,
+        num_speculative_tokens: int = 8,
+        adaptive: bool = True,
+        layout: Literal["packed", "expanded"] = "packed",
+        streamer: Any = None,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
+        stop_strings: str | list[str] | None = None,
+        policy: HeightPolicy | FixedHeight | None = None,
     ) -> None:
-        if not isinstance(assistant, PreTrainedModel):
-            raise TypeError(
-                "stairs needs an assistant, a small Transformers model that shares the target's "
-                f"tokenizer, as its first argument; got {type(assistant).__name__}"
-            )
-        if isinstance(num_speculative_tokens, bool) or not isinstance(num_speculative_tokens, int):
-            raise TypeError(
-                "num_speculative_tokens must be a whole number, not "
-                f"{type(num_speculative_tokens).__name__}"
-            )
-        if num_speculative_tokens < 1:
-            raise ValueError(
-                f"num_speculative_tokens must be at least 1, not {num_speculative_tokens}"
-            )
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-        if stop_strings is not None and tokenizer is None:
-            raise ValueError("stop_strings need the model's tokenizer: give stairs(...) tokenizer=")
+        # Of a compiled module `generate` and the cache want the model itself.
+        assistant = getattr(assistant, "_orig_mod", assistant)
+        check_settings(assistant, num_speculative_tokens, layout, stop_strings, tokenizer, policy)
         self.assistant = assistant
         self.layout = layout
         self.streamer = streamer
         self.tokenizer = tokenizer
         self.assistant_tokenizer = assistant_tokenizer
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-        self.policy = policy or (
-            HeightPolicy(num_speculative_tokens)
-            if adaptive
-            else FixedHeight(num_speculative_tokens)
-        )
+        if policy is None:
+            make = HeightPolicy if adaptive else FixedHeight
+            policy = make(num_speculative_tokens)
+        self.policy = policy
         self.stats = StairsStats()
 
     def __call__(
@@ -223,6 +133,67 @@ class Stairs:
         return run.climb()
 
 
+stairs = Stairs
+"""The name for everyday use: ``custom_generate=stairs(assistant)``."""
+
+_STAIRS_ARGUMENTS = frozenset(inspect.signature(Stairs).parameters) - {"assistant"}
+
+
+def stairs_generate(
+    model: PreTrainedModel,
+    assistant: PreTrainedModel,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`model.generate` with stairs, as a plain function.
+
+    Unlike `generate` with ``custom_generate``, it honours ``stop_strings`` of a
+    `GenerationConfig`, of the model's own too (``tokenizer`` is needed then).
+
+    Args:
+        model: the target.
+        assistant: see :class:`Stairs`.
+        inputs: as `generate` takes it.
+        generation_config: as `generate` takes it.
+        **kwargs: the named arguments of :class:`Stairs`, and everything else that `generate`
+            takes.
+
+    Returns:
+        What `generate` returns.
+    """
+    if "custom_generate" in kwargs:
+        raise ValueError("stairs_generate is a custom_generate itself: leave custom_generate out")
+    own = {name: kwargs.pop(name) for name in _STAIRS_ARGUMENTS & kwargs.keys()}
+    if "stop_strings" not in own:
+        configs = (generation_config, model.generation_config)
+        given = [config.stop_strings for config in configs if config and config.stop_strings]
+        own["stop_strings"] = given[0] if given else None
+    # `generate` would ask for a tokenizer, and drop it.
+    if generation_config is not None and generation_config.stop_strings:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.stop_strings = None
+    if model.generation_config.stop_strings:
+        kwargs["stop_strings"] = None
+    climber = Stairs(assistant, **own)
+    return model.generate(inputs, generation_config, custom_generate=climber, **kwargs)
+
+
+class _Verdict(NamedTuple):
+    """What stairs validation made of one staircase per row; int64 ``[A]`` each."""
+
+    kept: Tensor
+    """Drafts kept."""
+    judged: Tensor
+    """Drafts that were judged, if fewer than the row's height."""
+    stair: Tensor
+    """The stair after which a row goes on: its drafts up to there are its text."""
+    new: Tensor
+    """The row's length now."""
+    end: Tensor
+    """The length at which it ended, or `NEVER`."""
+
+
 class _Run:
     """One call: the state of the loop. ``A`` is the number of rows still being written."""
 
@@ -249,11 +220,16 @@ class _Run:
         assistant = stairs.assistant
         seq2seq = bool(model.config.is_encoder_decoder)
         self.stopper = Stopper(criteria, batch)
-        self.in_step = batch > 1 and (
-            self.stopper.needs_step
-            or not reads_ragged_rows(model)
-            or not reads_ragged_rows(assistant)
+        self.draft_processors = LogitsProcessorList(p for p in processors if takes_any_text(p))
+        self.in_step = len(self.draft_processors) < len(processors) or (
+            batch > 1
+            and (
+                self.stopper.needs_step
+                or not reads_ragged_rows(model)
+                or not reads_ragged_rows(assistant)
+            )
         )
+        """Whether all rows grow by the same number of tokens, judged stair by stair."""
         pad = config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
         self.max_length = min(int(config.max_length), self.stopper.max_length)
@@ -266,13 +242,7 @@ class _Run:
         if positions is None and not seq2seq and accepts(assistant, "position_ids"):
             seen = torch.ones_like(input_ids) if mask is None else mask.long()
             positions = (seen.cumsum(-1) - 1).clamp(min=0)
-        self.text = Text(
-            input_ids,
-            self.max_length + self.policy.max_height + 2,
-            mask,
-            positions,
-            self.pad,
-        )
+        self.text = Text(input_ids, mask, positions, self.pad)
         use_cache = bool(model_kwargs.get("use_cache", True))
         if use_cache and cache is None:
             raise ValueError(
@@ -280,11 +250,15 @@ class _Run:
                 "without stairs, or with use_cache=False"
             )
         self.target = Reader(model, target_kwargs, cache if use_cache else None, "target")
+        unknown = unknown_id(assistant, stairs.assistant_tokenizer)
         self.draft = Reader(
             assistant,
-            _assistant_kwargs(assistant, inputs_tensor, model_kwargs, batch) if seq2seq else {},
+            _assistant_kwargs(assistant, inputs_tensor, model_kwargs, batch, unknown)
+            if seq2seq
+            else {},
             _fresh_cache(assistant) if use_cache else None,
             "assistant",
+            unknown,
         )
         limits = [
             getattr(member.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -292,6 +266,9 @@ class _Run:
         ]
         self.last_position = min((limit for limit in limits if limit), default=NEVER)
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        # What stands where a row has no draft: a padding token beyond the vocabulary is fine only
+        # while no model reads it.
+        self.blank = self.pad if 0 <= self.pad < self.vocabulary else 0
 
         self.rows = torch.arange(batch, device=self.device)
         self.finish = torch.full((batch,), NEVER, device=self.device)
@@ -316,11 +293,10 @@ class _Run:
         """One staircase per row: draft, score, validate, keep."""
         rows, text = self.rows, self.text
         old = text.length[rows]
-        count = rows.shape[0]
 
         # 1. The draft: d1..dK after each row's text.
         begin = self._now()
-        chosen = min(self.policy.choose(count), self._room(old))
+        chosen = min(self.policy.choose(rows.shape[0]), self._room(old))
         catching_up = self.draft.seen is None or self.draft.unread(old) > 2
         drafts, q, confidences, heights = self._write_drafts(old, chosen)
         height = drafts.shape[1]
@@ -332,32 +308,23 @@ class _Run:
             logits = self.target.read_stairs(text, rows, old, height)
         else:
             logits = self.target.read(text, rows, old + height, height + 1)
-        scores = process(
-            self.processors, text, rows, old, logits.clone() if self.processors else logits
-        )
+        scores = None if self.in_step else self._process(self.processors, old, logits)
         scored = self._now()
 
-        # 3. Stairs validation.
-        if self.sample:
-            if height and q is None:
-                raise AssertionError("sampling needs the draft's distribution")
-            q = logits.new_zeros((count, 0, logits.shape[2])) if q is None else q
-            tokens, kept = accept_sampled(drafts, q, scores.softmax(-1))
+        # 3. Stairs validation: keep what agrees, and the target's own next token.
+        if scores is None:
+            verdict = self._climb_in_step(old, drafts, q, logits)
         else:
-            tokens, kept = accept_greedy(drafts, scores.argmax(-1))
+            verdict = self._climb(old, drafts, q, logits, scores)
         if self.expanded and height:
-            self.target.keep_stairs(kept, height)
-        self._observe(heights, kept, first, catching_up, begin, drafted, scored, confidences)
-        if self.in_step:
-            kept = kept.clamp(max=int(kept.min()))
+            self.target.keep_stairs(verdict.stair, height)
+        self._observe(
+            heights, height, verdict, first, catching_up, begin, drafted, scored, confidences
+        )
 
-        # 4. Keep what agreed, look for ends, let the readers forget the rest.
-        new = (old + kept + 1).clamp(max=self.max_length)
-        text.write(rows, old, tokens)
+        # 4. Look for rows that have ended, let the readers forget the rest.
+        new, end = verdict.new, verdict.end
         text.length[rows] = new
-        self._collect(self.scores, scores, old, new)
-        self._collect(self.logits, logits, old, new)
-        end = self.stopper.ends(text, rows, old, new, self._written_scores())
         self.finish[rows] = torch.minimum(self.finish[rows], end)
         self._blank(self.scores, end, new)
         self._blank(self.logits, end, new)
@@ -375,6 +342,64 @@ class _Run:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() * 1e3
 
+    def _process(self, processors: LogitsProcessorList, lengths: Tensor, logits: Tensor) -> Tensor:
+        return process(processors, self.text, self.rows, lengths, logits, self.max_length)
+
+    def _accept(self, drafts: Tensor, q: Tensor | None, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Stairs validation of ``drafts`` ``[A, h]`` by ``scores`` ``[A, h + 1, V]``."""
+        if not self.sample:
+            return accept_greedy(drafts, scores.argmax(-1))
+        if q is None:
+            q = scores.new_zeros((drafts.shape[0], 0, scores.shape[2]))
+        return accept_sampled(drafts, q, scores.softmax(-1))
+
+    def _climb(
+        self, old: Tensor, drafts: Tensor, q: Tensor | None, logits: Tensor, scores: Tensor
+    ) -> _Verdict:
+        """Judge whole staircases; every row goes as far as its own draft holds."""
+        tokens, kept = self._accept(drafts, q, scores)
+        new = (old + kept + 1).clamp(max=self.max_length)
+        self.text.write(self.rows, old, tokens)
+        self._collect(self.scores, scores, old, new)
+        self._collect(self.logits, logits, old, new)
+        end = self.stopper.ends(self.text, self.rows, old, new, self._written_scores())
+        return _Verdict(kept, torch.full_like(kept, NEVER), kept, new, end)
+
+    def _climb_in_step(
+        self, old: Tensor, drafts: Tensor, q: Tensor | None, logits: Tensor
+    ) -> _Verdict:
+        """Judge stair by stair, until a row's draft is refused or all rows have ended.
+
+        Processors and criteria are called as `generate` calls them: once per length, in its
+        order, on what the target wrote, rows that have ended padded.
+        """
+        rows, text = self.rows, self.text
+        kept, judged = torch.zeros_like(old), torch.zeros_like(old)
+        end, over = torch.full_like(old, NEVER), torch.zeros_like(old, dtype=torch.bool)
+        for stair in range(drafts.shape[1] + 1):
+            at = old + stair
+            own = logits[:, stair : stair + 1]
+            scores = self._process(self.processors, at, own)
+            draft = drafts[:, stair : stair + 1]  # none after the last stair
+            tokens, agree = self._accept(
+                draft,
+                None if q is None else q[:, stair : stair + 1],
+                scores.expand(-1, draft.shape[1] + 1, -1),
+            )
+            kept += agree.where(~over, 0)
+            judged += (~over).long()
+            text.write(rows, at, tokens[:, :1].masked_fill(over[:, None], self.pad))
+            self._collect(self.scores, scores, at, at + 1)
+            self._collect(self.logits, own, at, at + 1)
+            stopped = self.stopper.ends(text, rows, at, at + 1, self._written_scores())
+            end = torch.minimum(end, stopped)
+            done = torch.minimum(self.finish[rows], end) != NEVER
+            # As in `generate`: without an end-of-text token rows go on until all have ended.
+            over = done & self.stopper.has_eos
+            if bool(done.all()) or not bool((over | (agree > 0)).all()):
+                break
+        return _Verdict(kept, judged, torch.full_like(old, stair), old + stair + 1, end)
+
     def _room(self, old: Tensor) -> int:
         """The tallest staircase that some row has use for, and no row is too long for."""
         room = self.max_length - int(old.min()) - 1
@@ -385,67 +410,77 @@ class _Run:
     ) -> tuple[Tensor, Tensor | None, list[list[float]], list[int]]:
         """Write drafts into the text, after each row's end.
 
+        A row's draft ends with an end-of-text token, at the length limit, or where the
+        assistant gives no distribution (NaN, infinity): that draft is a blank one. After
+        its end, the row has blanks, sampled with certainty.
+
         Returns:
             drafts int64 ``[A, h]``; for sampling their distributions ``[A, h, V]``; the
-            draft's confidence in each, per row; each row's height, which ends with an
-            end-of-text token.
+            draft's confidence in each, per row; each row's own height.
         """
         rows, text, policy = self.rows, self.text, self.policy
         count = rows.shape[0]
         drafts: list[Tensor] = []
         distributions: list[Tensor] = []
         confidences: list[list[float]] = [[] for _ in range(count)]
-        ended: list[int | None] = [None] * count
+        stop = self.max_length - 1 - old  # the heights at which the rows' drafts end
+        tried = 0
         limit = min(policy.limit(chosen), self._room(old)) if chosen else 0
         while len(drafts) < limit:
             position = len(drafts)
+            over = stop <= position
+            ended = over.tolist()
+            if all(ended):
+                break
             if position and policy.uses_confidence:
                 open_rows = [
-                    confidences[a] if ended[a] is None else [*confidences[a], 0.0]
-                    for a in range(count)
+                    [*own, 0.0] if last else own
+                    for own, last in zip(confidences, ended, strict=True)
                 ]
                 if not policy.go_on(position, open_rows):
                     break
+            tried = position + 1
             logits = self.draft.read(text, rows, old + position, 1)
             logits = _match_vocabulary(logits, self.vocabulary)
-            logits = process(self.processors, text, rows, old + position, logits)[:, 0]
+            logits = self._process(self.draft_processors, old + position, logits)[:, 0]
+            top, token = logits.max(-1, keepdim=True)
+            # An assistant that overflows (T5 in float16) is merely a bad one.
+            broken = ~top.isfinite()[:, 0]
+            none = over | broken
             if self.sample:
-                q = logits.softmax(-1)
+                # A certain blank is kept with its probability under the target, no more.
+                q = logits.softmax(-1).masked_fill(none[:, None], 0.0)
+                q[:, self.blank] += none
                 token = torch.multinomial(q, 1)
                 distributions.append(q)
-                if policy.uses_confidence:
-                    sure = q.gather(1, token)[:, 0]
+                sure = q.gather(1, token)[:, 0]
             else:
-                top, token = logits.max(-1, keepdim=True)
-                if policy.uses_confidence:
-                    sure = (top[:, 0] - logits.logsumexp(-1)).exp()
+                token = token.masked_fill(none[:, None], self.blank)
+                sure = (top[:, 0] - logits.logsumexp(-1)).exp()
+            if policy.uses_confidence:
+                sure = sure.masked_fill(none, 0.0)
+                for own, value in zip(confidences, sure.tolist(), strict=True):
+                    own.append(value)
+            closed = broken
+            if self.stopper.eos is not None:
+                closed = closed | torch.isin(token[:, 0], self.stopper.eos.to(token.device))
+            stop = torch.where(closed, stop.clamp(max=tried), stop)
+            if bool(none.all()):
+                break
             text.write(rows, old + position, token)
             drafts.append(token)
-            if policy.uses_confidence:
-                # An assistant that overflows (T5 in float16) is merely a bad one.
-                for row, value in zip(confidences, sure.nan_to_num(0.0).tolist(), strict=True):
-                    row.append(value)
-            if self.stopper.eos is not None:
-                is_eos = torch.isin(token[:, 0], self.stopper.eos.to(token.device)).tolist()
-                for a, last in enumerate(is_eos):
-                    if last and ended[a] is None:
-                        ended[a] = position + 1
-                if all(item is not None for item in ended):
-                    break
-        height = len(drafts)
-        heights = [height if item is None else item for item in ended]
-        tokens = torch.cat(drafts, 1) if drafts else rows.new_zeros((count, 0))
         return (
-            tokens,
-            (torch.stack(distributions, 1) if drafts and self.sample else None),
-            (confidences),
-            heights,
+            torch.cat(drafts, 1) if drafts else rows.new_zeros((count, 0)),
+            torch.stack(distributions[: len(drafts)], 1) if drafts and self.sample else None,
+            confidences,
+            stop.clamp(max=tried).tolist(),
         )
 
     def _observe(
         self,
         heights: list[int],
-        kept: Tensor,
+        height: int,
+        verdict: _Verdict,
         first: bool,
         catching_up: bool,
         begin: float,
@@ -454,27 +489,28 @@ class _Run:
         confidences: list[list[float]],
     ) -> None:
         """Tell the policy and the statistics what the step brought and cost."""
-        accepted = [min(n, h) for n, h in zip(kept.tolist(), heights, strict=True)]
-        # The cost of a pass depends on its shape: all rows have the height of the tallest.
+        judged = [min(h, n) for h, n in zip(heights, verdict.judged.tolist(), strict=True)]
+        accepted = [min(h, n) for h, n in zip(judged, verdict.kept.tolist(), strict=True)]
         self.policy.observe(
-            heights,
+            judged,
             accepted,
             target_ms=None if first else scored - drafted,
             draft_ms=None if catching_up else drafted - begin,
             confidences=confidences if self.policy.uses_confidence else None,
-            height=max(heights, default=0),
+            # The cost of a pass depends on its shape: all rows have the height of the tallest.
+            height=height,
         )
         stats = self.stats
         stats.steps += 1
         stats.staircases += len(heights)
         stats.draft_ms += drafted - begin
         stats.target_ms += scored - drafted
-        for height, count in zip(heights, accepted, strict=True):
-            stats.drafted += height
+        for own, reached, count in zip(heights, judged, accepted, strict=True):
+            stats.drafted += own
             stats.accepted += count
-            stats.refused += count < height
-            stats.heights[height] += 1
-            stats.drafted_at.update(range(min(height, count + 1)))
+            stats.refused += count < reached
+            stats.heights[own] += 1
+            stats.drafted_at.update(range(min(reached, count + 1)))
             stats.accepted_at.update(range(count))
 
     def _collect(
@@ -496,7 +532,7 @@ class _Run:
 
     def _certain_pad(self, scores: Tensor) -> None:
         scores.fill_(-torch.inf)
-        scores[..., self.pad] = 0.0
+        scores[..., self.blank] = 0.0
 
     def _blank(self, columns: list[Tensor] | None, end: Tensor, new: Tensor) -> None:
         """Undo what `_collect` wrote for tokens after a row's end."""
@@ -589,8 +625,9 @@ def _assistant_kwargs(
     inputs_tensor: Tensor | None,
     model_kwargs: dict[str, Any],
     batch: int,
+    unknown: int,
 ) -> dict[str, Any]:
-    """Run the assistant's own encoder, once."""
+    """Run the assistant's own encoder, once; ``unknown`` stands for ids that it lacks."""
     if inputs_tensor is None or (
         not inputs_tensor.is_floating_point() and bool((inputs_tensor < 0).any())
     ):
@@ -599,6 +636,8 @@ def _assistant_kwargs(
             "pass input_ids, not encoder_outputs"
         )
     inputs_tensor = inputs_tensor.repeat_interleave(batch // inputs_tensor.shape[0], 0)
+    if not inputs_tensor.is_floating_point():
+        inputs_tensor = known_ids(assistant, inputs_tensor, unknown)
     mask = model_kwargs.get("attention_mask")
     kwargs = {} if mask is None else {"attention_mask": mask.to(assistant.device)}
     prepared: dict[str, Any] = assistant._maybe_prepare_encoder_kwargs_for_generation(

@@ -1,21 +1,25 @@
 """Logits processors and stopping criteria, applied to stairs as `generate` applies them.
 
 `generate` calls them once per token with the whole batch at one length. On a staircase the
-tokens of a row are judged several at a time, and rows have different lengths. The
-functions here restore the view they expect:
+tokens of a row are judged several at a time, and rows have different lengths. Two ways
+restore the view that they expect:
 
-- a processor is called once per *length*, with the whole batch's ids cut to that length,
-  and only the rows that have a stair of that length use the result. A processor must
-  therefore be a function of (row number, the row's ids, the row's scores), which
-  Transformers' own are, but for the two that are refused;
-- the criteria that Transformers brings look at one row; others may look at the whole batch,
-  or count their calls, so if there are any, all rows advance in step.
+- Transformers' own processors are functions of (row number, the row's ids, the row's
+  scores), for any ids (the two that are not are refused). They may look at a whole
+  staircase at once, refused drafts included: one call per *length*, with the whole batch's
+  ids cut to that length, of which the rows that have a stair of that length use the result.
+  Transformers' own criteria look at one row;
+- all others may know some texts only (a `prefix_allowed_tokens_fn` over a trie fails on a text
+  that it does not allow), look at the whole batch, or count their calls. If there are any, all
+  rows advance in step, stair by stair, and they are called as `generate` calls them: once
+  per length, on text that the target itself wrote.
 """
 
 import torch
 from torch import Tensor
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -29,14 +33,26 @@ from transformers.generation.stopping_criteria import (
 from vllm_stairs.hf.text import Text
 
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-"""Processors that count their calls: a refused draft would leave its trace in them."""
+"""Transformers' processors that keep a state; they are called for drafts too, so: refused."""
 
 NEVER = torch.iinfo(torch.long).max
 """The length at which a row that has not finished will have finished."""
 
 
+def takes_any_text(processor: LogitsProcessor) -> bool:
+    """Whether a processor may be shown drafts: whether it is Transformers' own and total."""
+    return type(processor).__module__ == LogitsProcessor.__module__ and not isinstance(
+        processor, PrefixConstrainedLogitsProcessor
+    )
+
+
 def process(
-    processors: LogitsProcessorList, text: Text, rows: Tensor, lengths: Tensor, logits: Tensor
+    processors: LogitsProcessorList,
+    text: Text,
+    rows: Tensor,
+    lengths: Tensor,
+    logits: Tensor,
+    max_length: int = NEVER,
 ) -> Tensor:
     """Scores of every stair.
 
@@ -46,16 +62,17 @@ def process(
         rows: int64 ``[A]``.
         lengths: int64 ``[A]``, the length of each row's first stair.
         logits: float32 ``[A, n, V]``; stair *i* of row *a* has ``lengths[a] + i`` tokens.
+        max_length: no text of this length goes on: such stairs keep their logits.
 
     Returns:
         float32 ``[A, n, V]``.
     """
     if not processors:
         return logits
-    scores = torch.empty_like(logits)
+    scores = logits.clone()
     stairs = torch.arange(logits.shape[1], device=logits.device)
     of_length = lengths[:, None] + stairs  # [A, n]
-    for length in of_length.unique().tolist():
+    for length in of_length[of_length < max_length].unique().tolist():
         which, stair = torch.nonzero(of_length == length, as_tuple=True)
         whole = logits.new_zeros((text.batch, logits.shape[2]))
         whole[rows[which]] = logits[which, stair]

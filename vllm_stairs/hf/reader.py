@@ -32,6 +32,27 @@ def reads_ragged_rows(model: PreTrainedModel) -> bool:
     return accepts(model, "position_ids")
 
 
+def unknown_id(model: PreTrainedModel, tokenizer: Any) -> int:
+    """What ``model`` reads instead of an id that it lacks: unknown, else padding, else 0."""
+    for token in (getattr(tokenizer, "unk_token_id", None), model.generation_config.pad_token_id):
+        if isinstance(token, int) and 0 <= token < _vocabulary(model):
+            return token
+    return 0
+
+
+def known_ids(model: PreTrainedModel, ids: Tensor, unknown: int) -> Tensor:
+    """``ids`` with ``unknown`` for those that the model lacks.
+
+    An assistant with a smaller vocabulary may lack ids that the target reads or writes (added
+    tokens, padding of the vocabulary); a wrong guess is all that costs.
+    """
+    return ids.masked_fill(ids >= _vocabulary(model), unknown)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def _map_rows(value: Any, change: Any) -> Any:
     if isinstance(value, Tensor):
         return change(value)
@@ -55,12 +76,20 @@ class Reader:
         cache: an empty stock cache as `generate` prepares it, or None to read all of the
             text at every pass.
         owner: "target" or "assistant", for messages.
+        unknown: the id that the model reads instead of one that it lacks; None to let it
+            fail, as it does under `generate`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, kwargs: dict[str, Any], cache: Cache | None, owner: str
+        self,
+        model: PreTrainedModel,
+        kwargs: dict[str, Any],
+        cache: Cache | None,
+        owner: str,
+        unknown: int | None = None,
     ) -> None:
         self.model = model
+        self.unknown = unknown
         self.kwargs = {key: value for key, value in kwargs.items() if value is not None}
         self.cache = None if cache is None else with_roll_back(cache, owner)
         self.kwargs["use_cache"] = cache is not None
@@ -72,7 +101,6 @@ class Reader:
         self._is_seq2seq = bool(model.config.is_encoder_decoder)
         self._takes_positions = accepts(model, "position_ids") and not self._is_seq2seq
         self._keeps_logits = accepts(model, "logits_to_keep")
-        self._last_id = model.get_input_embeddings().weight.shape[0] - 1
 
     def forget(self, ends: Tensor) -> None:
         """Say that of each row only the first ``ends[a]`` tokens still stand."""
@@ -132,8 +160,8 @@ class Reader:
             kwargs["logits_to_keep"] = keep
         if cache is not None:
             kwargs["past_key_values"] = cache
-        # A smaller assistant may lack ids that the target writes; a wrong guess is all it costs.
-        ids = ids.clamp(max=self._last_id)
+        if self.unknown is not None:
+            ids = known_ids(self.model, ids, self.unknown)
         inputs = self.model.prepare_inputs_for_generation(
             ids.to(device),
             next_sequence_length=ids.shape[1],
@@ -195,7 +223,7 @@ class Reader:
         step = torch.arange(height, device=ids.device)
         level = torch.arange(stairs, device=ids.device)
         beyond = (step[None] >= level[:, None]).repeat(count, 1)
-        ids[:, new:] = ids[:, new:].masked_fill(beyond, text.pad_token)
+        ids[:, new:] = ids[:, new:].masked_fill(beyond, 0)  # any id
         mask = text.read_mask(rows, starts + height, width + new + height)
         if mask is not None:
             mask = mask.repeat_interleave(stairs, 0)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+_FIRST_COLUMNS = 64
+"""Columns reserved after the prompt, before anything is written."""
+
 
 class Text:
     """Token ids of a batch, prompt first, as `generate` would return them.
@@ -10,11 +13,11 @@ class Text:
     Rows may have different lengths while stairs are climbed. Storage is left-aligned:
     column *c* of every row is its *c*-th token, the prompt's left padding counted, so the
     first ``length[b]`` columns of row *b* are what `generate` would hold for it. Columns
-    beyond may hold drafts, or the pad token; always a valid id.
+    beyond may hold drafts, or the pad token. Storage doubles when it is full: a length limit
+    may be far above what is ever written.
 
     Args:
         prompt: int64 ``[B, P]``.
-        capacity: columns to reserve; at least the final length plus the largest height.
         prompt_mask: ``[B, P]``, 0 at padding, or None.
         positions: int64 ``[B or 1, P]`` position ids of the prompt, or None if neither
             model takes any.
@@ -24,34 +27,44 @@ class Text:
     def __init__(
         self,
         prompt: Tensor,
-        capacity: int,
         prompt_mask: Tensor | None,
         positions: Tensor | None,
         pad_token: int,
     ) -> None:
         batch, self.prompt_length = prompt.shape
-        device = prompt.device
-        rest = capacity - self.prompt_length
         self.pad_token = pad_token
-        self.tokens = torch.cat(
-            [prompt, torch.full((batch, rest), pad_token, dtype=prompt.dtype, device=device)], 1
+        self.tokens = prompt
+        self.length = torch.full(
+            (batch,), self.prompt_length, dtype=torch.long, device=prompt.device
         )
-        self.length = torch.full((batch,), self.prompt_length, dtype=torch.long, device=device)
         if prompt_mask is None or bool(prompt_mask.all()):
             self.mask = None
         else:
-            ones = torch.ones((batch, rest), dtype=torch.bool, device=device)
-            self.mask = torch.cat([prompt_mask.to(torch.bool), ones], 1)
-        self.positions: Tensor | None = None
-        if positions is not None:
-            positions = positions.expand(batch, -1)
-            later = torch.arange(1, rest + 1, device=device)
-            self.positions = torch.cat([positions, positions[:, -1:] + later], 1)
+            self.mask = prompt_mask.to(torch.bool)
+        self.positions = None if positions is None else positions.expand(batch, -1)
+        self._grow(self.prompt_length + _FIRST_COLUMNS)
+
+    def _grow(self, columns: int) -> None:
+        """Make room for ``columns`` columns."""
+        more = columns - self.capacity
+        self.tokens = torch.cat(
+            [self.tokens, self.tokens.new_full((self.batch, more), self.pad_token)], 1
+        )
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones((self.batch, more))], 1)
+        if self.positions is not None:
+            later = torch.arange(1, more + 1, device=self.positions.device)
+            self.positions = torch.cat([self.positions, self.positions[:, -1:] + later], 1)
 
     @property
     def batch(self) -> int:
         """Number of rows."""
         return self.tokens.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Columns reserved now."""
+        return self.tokens.shape[1]
 
     def columns(self, ends: Tensor, width: int) -> Tensor:
         """Column numbers of the ``width`` tokens before each end: int64 ``[A, width]``.
@@ -79,5 +92,8 @@ class Text:
 
     def write(self, rows: Tensor, at: Tensor, tokens: Tensor) -> None:
         """Write ``tokens`` ``[A, n]`` into ``rows``, from columns ``at`` ``[A]`` on."""
+        end = int(at.max()) + tokens.shape[1]
+        if end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
         columns = at[:, None] + torch.arange(tokens.shape[1], device=at.device)
         self.tokens[rows[:, None], columns] = tokens

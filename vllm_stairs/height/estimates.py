@@ -140,7 +140,7 @@ class Calibration:
         prior_weight: how many observations the prior is worth.
     """
 
-    def __init__(self, bins: int = 10, *, keep: float = 0.99, prior_weight: float = 4.0) -> None:
+    def __init__(self, bins: int = 10, *, keep: float = 0.99, prior_weight: float = 1.0) -> None:
         self._bins = [_Beta() for _ in range(bins)]
         self._keep = keep
         self._prior_weight = prior_weight

@@ -252,6 +252,8 @@ class HeightPolicy:
         """How far `go_on` may carry a draft for which `choose` gave ``chosen``."""
         if not self.uses_confidence or chosen == 0 or self._probing:
             return chosen
+        if not len(self._target_ms(self._batch)):  # `go_on` knows no price yet.
+            return chosen
         return self.max_height
 
     def go_on(self, height: int, confidences: Sequence[Sequence[float]]) -> bool:

@@ -4,10 +4,12 @@ The command line (``--stairs-*``), ``--speculative-config '{"stairs_*": ...}'`` 
 ``LLM(speculative_config=...)`` are all generated from, and checked by, this one class.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 METHOD = "stairs"
 """The name of the speculative method."""
@@ -48,6 +50,13 @@ class StairsOptions(BaseModel):
         "chooses 0 to num_speculative_tokens from the acceptance and the times that it measures "
         "(first version: one height for the whole batch; not with tensor parallelism).",
     )
+    draft_vocab: str | int = Field(
+        default="auto",
+        description="The ids that the draft may write; its output head computes logits of these "
+        "only. 'auto': where the draft's folder holds token_frequencies.safetensors, the most "
+        "frequent ids; 'full': all; a number: so many of the most frequent; or a file of ids (a "
+        "JSON list, one id a line, or safetensors with 'ids').",
+    )
     record: str | None = Field(
         default=None,
         min_length=1,
@@ -55,6 +64,20 @@ class StairsOptions(BaseModel):
         "its probabilities, what the target kept, rows and times of the step), for "
         "`vllm-stairs bench replay`. Costs time; not for production.",
     )
+
+    @field_validator("draft_vocab", mode="before")
+    @classmethod
+    def _read_draft_vocab(cls, value: object) -> str | int:
+        """Numbers also come as text, from the command line; paths as such."""
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value):
+            value = int(value)
+        if (isinstance(value, str) and value) or (type(value) is int and value > 0):
+            return value
+        raise ValueError(
+            "must be 'auto', 'full', a number of ids (1 or more) or the path of a file of ids"
+        )
 
 
 def option_names() -> list[str]:
@@ -83,7 +106,8 @@ def parse_options(values: Mapping[str, Any]) -> StairsOptions:
             raise ValueError(
                 f"Unknown option {name!r}; the method 'stairs' takes: {', '.join(option_names())}."
             ) from None
-        raise ValueError(f"Option {name}={problem['input']!r}: {problem['msg']}.") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"Option {name}={problem['input']!r}: {message}.") from None
 
 
 def request_max_height(extra_args: Mapping[str, Any] | None) -> int | None:

@@ -10,7 +10,7 @@ temperature 0: stairs validation.
 
 import torch
 
-from vllm_stairs.acceptor.greedy import REJECTED, count_approved
+from vllm_stairs.acceptor.greedy import REJECTED, count_approved, most_likely
 
 
 def validate_sampled_batch(
@@ -66,9 +66,9 @@ def validate_sampled_batch(
     replacement = (excess / noise[request]).argmax(-1)
     if is_greedy is not None:
         greedy = is_greedy[request]
-        most_likely = target_logits.argmax(-1)
-        kept = torch.where(greedy, drafts.squeeze(1) == most_likely, kept)
-        replacement = torch.where(greedy, most_likely, replacement)
+        best = most_likely(target_logits)
+        kept = torch.where(greedy, drafts.squeeze(1) == best, kept)
+        replacement = torch.where(greedy, best, replacement)
     kept &= known
     token = torch.where(kept, drafts.squeeze(1), replacement)
 

@@ -21,7 +21,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import RejectionSampler, generate_uniform_probs
 
-from vllm_stairs.acceptor.greedy import validate_batch
+from vllm_stairs.acceptor.greedy import most_likely, validate_batch
 from vllm_stairs.acceptor.sampled import validate_sampled_batch
 
 
@@ -54,7 +54,7 @@ class StairsRejectionSampler(RejectionSampler):
             first = metadata.bonus_logits_indices - num_drafts
             return self.sampler(logits=logits[first], sampling_metadata=sampling_metadata)
         if _takes_raw_argmax(sampling_metadata):
-            predictions = self.sampler.greedy_sample(logits.to(torch.float32))
+            predictions = most_likely(logits.to(torch.float32))
             return SamplerOutput(
                 sampled_token_ids=validate_batch(
                     metadata.draft_token_ids, num_drafts, predictions, metadata.max_spec_len

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -24,6 +24,14 @@ from vllm_stairs.config import (
     StairsOptions,
     option_names,
     parse_options,
+)
+from vllm_stairs.proposer.vocabulary import (
+    FREQUENCIES_FILE,
+    LARGEST_SHARE,
+    DraftVocabulary,
+    check_index,
+    choose_vocabulary,
+    read_frequencies,
 )
 
 _CPU_WORKER = "vllm_stairs.engine.worker.StairsCPUWorker"
@@ -103,11 +111,11 @@ def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
         f"default {DEFAULT_NUM_SPECULATIVE_TOKENS}.",
     )
     for name, field in StairsOptions.model_fields.items():
-        choices = get_args(field.annotation)
+        is_choice = get_origin(field.annotation) is Literal
         group.add_argument(
             "--" + (OPTION_PREFIX + name).replace("_", "-"),
             dest=OPTION_PREFIX + name,
-            choices=choices if choices and type(None) not in choices else None,
+            choices=get_args(field.annotation) if is_choice else None,
             default=None,
             help=f"{field.description} Default: {field.default}.",
         )
@@ -220,6 +228,8 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
             "target_parallel_config": parallel,
         }
     )
+
+    config.stairs_vocabulary = _choose_draft_vocabulary(options.draft_vocab, config, target)
 
     if current_platform.is_cpu():
         from vllm_stairs.engine.cpu import preload_openmp
@@ -477,6 +487,79 @@ def _check_tokenizer(target: Any, values: Mapping[str, Any]) -> None:
             f"({different} of {len(target_vocab)} tokens differ): choose a draft of the target's "
             "family, or set use_heterogeneous_vocab."
         )
+
+
+def _choose_draft_vocabulary(value: str | int, config: Any, target: Any) -> DraftVocabulary | None:
+    """The ids that the draft may write, None for all.
+
+    Args:
+        value: the option ``stairs_draft_vocab``.
+        config: the configuration, complete but for this.
+        target: the target's ``ModelConfig``.
+    """
+    draft = config.draft_model_config
+    if config.use_heterogeneous_vocab:
+        if value not in ("auto", "full"):
+            raise ValueError(
+                f"stairs_draft_vocab={value} does not work with use_heterogeneous_vocab, which "
+                "limits the draft to the ids that both tokenizers have: leave one of the two out."
+            )
+        return None
+    check_index(Path(draft.model))
+    if value == "full":
+        return None
+    file = _find_frequencies(draft)
+    if value == "auto" and file is None:
+        return None
+    vocab_size = min(draft.get_vocab_size(), target.get_vocab_size())
+    counts = None if file is None else read_frequencies(file)
+    chosen = choose_vocabulary(value, counts, vocab_size, _indispensable_ids(target))
+    if chosen is None:
+        _logger().info(
+            "Stairs: the draft's output head stays whole: more than %d %% of its ids would be "
+            "kept. --stairs-draft-vocab takes a number of ids.",
+            100 * LARGEST_SHARE,
+        )
+    return chosen
+
+
+def _find_frequencies(draft: Any) -> Path | None:
+    """The token frequencies that came with a draft: in its folder, or on the Hugging Face hub."""
+    if Path(draft.model).is_dir():
+        file = Path(draft.model) / FREQUENCIES_FILE
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(draft.model, FREQUENCIES_FILE, revision=draft.revision))
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return None
+
+
+def _indispensable_ids(target: Any) -> set[int]:
+    """What a draft should always be able to write: the ends of texts, and special tokens.
+
+    Chat templates and tools mark their turns with the latter, which a list of ids made from plain
+    text would lack.
+    """
+    ends = [
+        target.try_get_generation_config().get("eos_token_id"),
+        getattr(target.hf_text_config, "eos_token_id", None),
+    ]
+    ids = {id_ for end in ends for id_ in (end if isinstance(end, list) else [end])}
+    if not target.skip_tokenizer_init:
+        from vllm.tokenizers import get_tokenizer
+
+        tokenizer = get_tokenizer(
+            target.tokenizer,
+            trust_remote_code=target.trust_remote_code,
+            revision=target.tokenizer_revision,
+        )
+        ids.update(tokenizer.all_special_ids)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        ids.update(id_ for id_, token in added.items() if token.special)
+    return {id_ for id_ in ids if isinstance(id_, int)}
 
 
 def _construct(values: dict[str, Any]) -> Any:

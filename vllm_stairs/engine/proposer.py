@@ -17,13 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
+from vllm_stairs.acceptor.greedy import most_likely
+from vllm_stairs.engine.trimmed_head import CannotTrimError, trim_head
 from vllm_stairs.proposer.plan import plan_passes
+from vllm_stairs.proposer.vocabulary import FREQUENCIES_FILE
+
+logger = init_logger("vllm.stairs.proposer")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,36 @@ class Drafts:
     confidences: list[list[float]] | None
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """The next passes of requests that read one token each, prepared at once.
+
+    Between them nothing changes but the token, its position, its slot and the sequence lengths,
+    and these are known beforehand. Tensors are on the device unless they say otherwise.
+
+    Attributes:
+        query_start_loc: ``[n + 1]``, int32.
+        query_start_loc_cpu: the same on the host.
+        block_table: ``[n, blocks]``, int32: blocks of these requests.
+        positions: ``[passes, n]``, int64.
+        slots: ``[passes, n]``, int64.
+        seq_lens: ``[passes, n]``, int32.
+        seq_lens_cpu: the same on the host.
+        max_seq_lens: per pass the longest sequence (tokens).
+        execution: what ``_determine_batch_execution_and_padding`` says of n tokens.
+    """
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    block_table: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    max_seq_lens: list[int]
+    execution: tuple[Any, int, Any]
+
+
 class StairsProposer(DraftModelProposer):
     """Writes the drafts of a batch of requests."""
 
@@ -72,6 +109,38 @@ class StairsProposer(DraftModelProposer):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
         self.target_vocab_size = vllm_config.model_config.get_vocab_size()
         self.draft_vocab_size = self.draft_model_config.get_vocab_size()
+        # [kept], int64: the id that each logit of a trimmed head stands for; None: all ids.
+        self.kept_ids: torch.Tensor | None = None
+
+    def load_model(self, target_model: Any) -> None:
+        """Also trim the draft's output head, where it is to be (``stairs_draft_vocab``)."""
+        super().load_model(target_model)
+        vocabulary = self.speculative_config.stairs_vocabulary
+        if vocabulary is None:
+            return
+        say = logger.info if get_tensor_model_parallel_rank() == 0 else logger.debug
+        try:
+            head = trim_head(
+                self.model,
+                vocabulary.ids,
+                self.draft_model_config.get_hidden_size(),
+                self.draft_model_config.dtype,
+                self.device,
+            )
+        except CannotTrimError as reason:
+            say("Stairs: the draft's output head stays whole: %s.", reason)
+            return
+        self.kept_ids = head.ids
+        share = vocabulary.share
+        say(
+            "Stairs: the draft's output head keeps %d of %d ids%s: %.1f MiB more memory (per "
+            "rank), read in each draft pass in place of %.1f MiB.",
+            len(vocabulary.ids),
+            self.draft_vocab_size,
+            "" if share is None else f" ({100 * share:.2f} % of the counted tokens)",
+            head.num_bytes / 2**20,
+            head.whole_bytes / 2**20,
+        )
 
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Nothing is padded here, so vLLM's restriction does not apply."""
@@ -82,7 +151,11 @@ class StairsProposer(DraftModelProposer):
         Taken from the checkpoint's headers where it is a local folder: on CPU vLLM repacks linear
         layers out of ``parameters()``.
         """
-        files = sorted(Path(self.draft_model_config.model).glob("*.safetensors"))
+        files = [
+            file
+            for file in Path(self.draft_model_config.model).glob("*.safetensors")
+            if file.name != FREQUENCIES_FILE
+        ]
         if not files:
             return sum(p.numel() * p.element_size() for p in self.model.parameters())
         total = 0
@@ -118,6 +191,8 @@ class StairsProposer(DraftModelProposer):
         # [still drafting] indices into the batch; compacted when requests reach their height.
         active = np.arange(len(batch))
         columns = [(active, drafted, probs, confidence)]
+        passes: _Passes | None = None
+        first = 0
         for height in range(1, int(batch.heights.max())):
             still = batch.heights[active] > height
             if not still.all():
@@ -125,14 +200,10 @@ class StairsProposer(DraftModelProposer):
                 drafted = drafted[keep]
                 active = active[still]
                 sampling = self._select(sampling_metadata, batch.rows[active])
-            positions = batch.num_tokens[active] + (height - 1)
-            hidden_states = self._forward(
-                rows=batch.rows[active],
-                query_lens=np.ones(len(active), dtype=np.int64),
-                positions=positions,
-                input_ids=drafted,
-                block_table=block_table,
-            )
+                passes = None
+            if passes is None:
+                passes, first = self._prepare(batch, active, height, block_table), height
+            hidden_states = self._pass(passes, height - first, drafted)
             drafted, probs, confidence = self._sample(hidden_states, sampling, want_confidences)
             columns.append((active, drafted, probs, confidence))
         return self._collect(len(batch), columns)
@@ -204,15 +275,9 @@ class StairsProposer(DraftModelProposer):
             + positions % block_size
         )
 
-        mode, num_padded, num_across_dp = self._determine_batch_execution_and_padding(num_tokens)
-        if self.vocab_mapping is not None:
-            input_ids = self.vocab_mapping.map_target_to_draft_ids(input_ids)
-        elif self.draft_vocab_size < self.target_vocab_size:
+        if self.vocab_mapping is None and self.draft_vocab_size < self.target_vocab_size:
             # Only padding ids of the target lie outside, and no tokenizer writes them.
             input_ids = input_ids.clamp(max=self.draft_vocab_size - 1)
-        self.input_ids[:num_tokens] = input_ids
-        self.positions[:num_tokens] = async_tensor_h2d(positions, device=self.device)
-
         device_blocks = block_table.get_device_tensor(int(rows.max()) + 1)
         metadata = CommonAttentionMetadata(
             query_start_loc=async_tensor_h2d(query_start_loc_cpu, device=self.device),
@@ -226,8 +291,101 @@ class StairsProposer(DraftModelProposer):
             block_table_tensor=device_blocks[async_tensor_h2d(rows, device=self.device)],
             slot_mapping=async_tensor_h2d(slots, device=self.device),
             causal=True,
-            positions=self.positions[:num_tokens],
         )
+        return self._run(
+            metadata,
+            input_ids,
+            async_tensor_h2d(positions, device=self.device),
+            self._determine_batch_execution_and_padding(num_tokens),
+        )
+
+    def _prepare(
+        self, batch: DraftBatch, active: np.ndarray, height: int, block_table: Any
+    ) -> _Passes:
+        """Prepare the passes of some requests until the first of them reaches its height.
+
+        Args:
+            batch: the batch.
+            active: ``[n]``: the requests, as indices into the batch.
+            height: tokens that each of them has drafted; less than each is to draft.
+            block_table: of the draft's KV cache group.
+        """
+        rows = batch.rows[active]
+        num_passes = int(batch.heights[active].min()) - height
+        positions = (
+            batch.num_tokens[active] + (height - 1) + np.arange(num_passes, dtype=np.int64)[:, None]
+        )
+        block_size = block_table.block_size
+        blocks = block_table.get_numpy_array()[rows, positions // block_size]
+        slots = blocks.astype(np.int64) * block_size + positions % block_size
+        seq_lens_cpu = torch.from_numpy((positions + 1).astype(np.int32))
+        query_start_loc_cpu = torch.arange(len(rows) + 1, dtype=torch.int32)
+        device_blocks = block_table.get_device_tensor(int(rows.max()) + 1)
+        return _Passes(
+            query_start_loc=async_tensor_h2d(query_start_loc_cpu, device=self.device),
+            query_start_loc_cpu=query_start_loc_cpu,
+            block_table=device_blocks[async_tensor_h2d(rows, device=self.device)],
+            positions=async_tensor_h2d(positions, device=self.device),
+            slots=async_tensor_h2d(slots, device=self.device),
+            seq_lens=async_tensor_h2d(seq_lens_cpu, device=self.device),
+            seq_lens_cpu=seq_lens_cpu,
+            max_seq_lens=(positions.max(1) + 1).tolist(),
+            execution=self._determine_batch_execution_and_padding(len(rows)),
+        )
+
+    def _pass(self, passes: _Passes, index: int, input_ids: torch.Tensor) -> torch.Tensor:
+        """One of some prepared passes: each request reads the token that it wrote last.
+
+        Args:
+            passes: the passes.
+            index: which of them, from 0.
+            input_ids: ``[n]``: the tokens, in the target's vocabulary, on the device.
+
+        Returns:
+            Hidden states ``[n, hidden]``.
+        """
+        num_reqs = len(input_ids)
+        metadata = CommonAttentionMetadata(
+            query_start_loc=passes.query_start_loc,
+            query_start_loc_cpu=passes.query_start_loc_cpu,
+            seq_lens=passes.seq_lens[index],
+            seq_lens_cpu_upper_bound=passes.seq_lens_cpu[index],
+            num_reqs=num_reqs,
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            max_seq_len=passes.max_seq_lens[index],
+            block_table_tensor=passes.block_table,
+            slot_mapping=passes.slots[index],
+            causal=True,
+        )
+        return self._run(metadata, input_ids, passes.positions[index], passes.execution)
+
+    def _run(
+        self,
+        metadata: Any,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        execution: tuple[Any, int, Any],
+    ) -> torch.Tensor:
+        """Run the draft model.
+
+        Args:
+            metadata: ``CommonAttentionMetadata`` of the pass, without positions.
+            input_ids: ``[tokens]``, in the target's vocabulary, on the device.
+            positions: ``[tokens]``, int64, on the device.
+            execution: see :class:`_Passes`.
+
+        Returns:
+            Hidden states ``[tokens, hidden]``.
+        """
+        mode, num_padded, num_across_dp = execution
+        num_tokens = metadata.num_actual_tokens
+        if self.vocab_mapping is not None:
+            input_ids = self.vocab_mapping.map_target_to_draft_ids(input_ids)
+        # Where CUDA graphs and compiled code expect their inputs.
+        self.input_ids[:num_tokens] = input_ids
+        self.positions[:num_tokens] = positions
+        metadata.positions = self.positions[:num_tokens]
         _, attn_metadata = self.build_per_group_and_layer_attn_metadata(metadata)
         with set_forward_context(
             attn_metadata,
@@ -266,9 +424,10 @@ class StairsProposer(DraftModelProposer):
             want_confidences: also return the probability of the token chosen.
 
         Returns:
-            Ids ``[n]`` in the target's vocabulary; probabilities ``[n, target vocabulary]``
-            where the drafts were sampled; confidences ``[n]`` where asked for.
+            Ids ``[n]`` in the target's vocabulary; probabilities ``[n, logits]`` where the drafts
+            were sampled; confidences ``[n]`` where asked for.
         """
+        # [n, logits]: of the kept ids, or of the draft's own vocabulary.
         logits = self.model.compute_logits(hidden_states)
         if self.vocab_mapping is not None:
             logits = self.vocab_mapping.constrain_draft_logits(logits)
@@ -280,16 +439,15 @@ class StairsProposer(DraftModelProposer):
                 logits.float(), sampling, self.use_fp64_gumbel
             )
         else:
-            token_ids = logits.argmax(-1)
+            token_ids = most_likely(logits)
         confidence = None
         if want_confidences:
             full = probs if probs is not None else logits.softmax(-1, dtype=torch.float32)
             confidence = full.gather(-1, token_ids[:, None].long()).squeeze(-1)
-        if self.vocab_mapping is not None:
+        if self.kept_ids is not None:
+            token_ids = self.kept_ids.index_select(0, token_ids)
+        elif self.vocab_mapping is not None:
             token_ids = self.vocab_mapping.map_draft_to_target_ids(token_ids)
-        if probs is not None and probs.shape[-1] < self.target_vocab_size:
-            missing = self.target_vocab_size - probs.shape[-1]
-            probs = torch.nn.functional.pad(probs, (0, missing))
         return token_ids, probs, confidence
 
     def _collect(self, size: int, columns: Sequence[tuple[Any, ...]]) -> Drafts:
@@ -310,7 +468,12 @@ class StairsProposer(DraftModelProposer):
         probabilities = None
         if columns[0][2] is not None:
             first = columns[0][2]
-            probabilities = first.new_empty(size, len(columns), first.shape[-1])
+            # What the draft cannot write has the probability 0.
+            probabilities = first.new_zeros(size, len(columns), self.target_vocab_size)
             for height, (active, _, probs, _) in enumerate(columns):
-                probabilities[async_tensor_h2d(active, device=self.device), height] = probs
+                who = async_tensor_h2d(active, device=self.device)
+                if self.kept_ids is None:
+                    probabilities[who, height, : probs.shape[-1]] = probs
+                else:
+                    probabilities[who[:, None], height, self.kept_ids] = probs
         return Drafts(token_ids, probabilities, confidences)

@@ -12,6 +12,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
 
 from vllm_stairs.config import METHOD, StairsOptions
+from vllm_stairs.proposer.vocabulary import DraftVocabulary
 
 
 @config
@@ -20,6 +21,9 @@ class StairsSpeculativeConfig(SpeculativeConfig):
 
     stairs: StairsOptions = Field(default_factory=StairsOptions)
     """The method's own options."""
+
+    stairs_vocabulary: DraftVocabulary | None = None
+    """The ids that the draft may write, chosen from ``stairs.draft_vocab``; None: all."""
 
     stairs_counters_file: str | None = None
     """Where worker and server share the counters (see :mod:`vllm_stairs.engine.metrics`)."""

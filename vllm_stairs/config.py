@@ -47,8 +47,8 @@ class StairsOptions(BaseModel):
     height: Literal["fixed", "auto"] = Field(
         default="fixed",
         description="How tall staircases are: 'fixed' always drafts as far as allowed, 'auto' "
-        "chooses 0 to num_speculative_tokens from the acceptance and the times that it measures "
-        "(first version: one height for the whole batch; not with tensor parallelism).",
+        "chooses 0 to num_speculative_tokens for each request and step from the acceptance, the "
+        "confidences and the times that it measures (not with tensor parallelism).",
     )
     draft_vocab: str | int = Field(
         default="auto",

@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import WORDS, TinyModels
+from vllm_stairs import cli
 
 COMMAND = [sys.executable, "-m", "vllm_stairs.cli", "distill"]
 
@@ -38,9 +39,9 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def common(tiny: TinyModels, prompt_file: Path) -> list[object]:
     return [
         "--target", tiny.target, "--prompts", prompt_file, "--generator", "transformers",
-        "--tokens", 40_000, "--answer-tokens", 48, "--max-length", 128, "--layers", 2,
+        "--tokens", 30_000, "--answer-tokens", 48, "--max-length", 128, "--layers", 2,
         "--device", "cpu", "--target-dtype", "float32", "--full-precision",
-        "--epochs", 12, "--batch", 32, "--learning-rate", "3e-3", "--evaluations", 6,
+        "--epochs", 10, "--batch", 32, "--learning-rate", "3e-3", "--evaluations", 6,
     ]  # fmt: skip
 
 
@@ -121,11 +122,18 @@ def test_the_same_command_again_changes_nothing(
     ],
 )
 def test_bad_input_gets_one_line(
-    common: list[object], arguments: list[str], message: str, tmp_path: Path
+    common: list[object],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = distill(*common, *arguments, "--out", tmp_path / "draft")
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "1")  # Put back when the test is over.
+    given = [*map(str, common), *arguments, "--out", str(tmp_path / "draft")]
+    assert cli.main(["distill", *given]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("vllm-stairs distill: error: ")
     assert message in lines[-1]
     assert len([line for line in lines if "rror" in line]) == 1

@@ -4,9 +4,10 @@ Every test of losslessness asks two engines in this process, plain vLLM and vLLM
 compares token ids.
 """
 
+import contextlib
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def kv_usage(llm: LLM) -> float:
     """Share of the KV cache in use."""
     core = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     return core.scheduler.kv_cache_manager.usage
+
+
+@contextlib.contextmanager
+def counting_preemptions(llm: LLM) -> Iterator[list[str]]:
+    """The requests that the scheduler preempts meanwhile."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+    preempted: list[str] = []
+    original = scheduler._preempt_request
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    try:
+        yield preempted
+    finally:
+        scheduler._preempt_request = original
 
 
 def greedy(max_tokens: int = 40, **kwargs: Any) -> SamplingParams:

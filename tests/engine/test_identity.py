@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.engines import greedy, kv_usage, plain, stairs, statistics, token_ids
+from tests.engine.engines import (
+    counting_preemptions,
+    greedy,
+    kv_usage,
+    plain,
+    stairs,
+    statistics,
+    token_ids,
+)
 from tests.tiny import WORDS, TinyModels
 
 DRAFTS = ["target", "random", "cut", "noisy"]
@@ -135,15 +143,8 @@ def test_preemption(tiny: TinyModels, draft: str, layout: str) -> None:
     options = {"num_gpu_blocks_override": 18, "max_num_seqs": 8}
     texts = prompts(8, seed=8, longest=60)
     engine = stairs(tiny.target, getattr(tiny, draft), height=4, stairs_layout=layout, **options)
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    preempted = []
-    original = scheduler._preempt_request
-    scheduler._preempt_request = lambda request, *args, **kwargs: (
-        preempted.append(request.request_id),
-        original(request, *args, **kwargs),
-    )
-    outputs = token_ids(engine, texts, greedy(110))
-    scheduler._preempt_request = original
+    with counting_preemptions(engine) as preempted:
+        outputs = token_ids(engine, texts, greedy(110))
     assert preempted, "this load must preempt"
     assert outputs == token_ids(plain(tiny.target), texts, greedy(110))
     assert kv_usage(engine) == 0
@@ -237,19 +238,3 @@ def test_logprobs_of_chosen_ids_beside_drafts(tiny: TinyModels) -> None:
             break
     assert [list(finished[i].token_ids) for i in range(3)] == expected
     assert all({5, 9, 14} <= row.keys() for row in finished[2].logprobs)
-
-
-@pytest.mark.parametrize("draft", ["target", "random"])
-def test_height_auto(tiny: TinyModels, draft: str) -> None:
-    """Heights that change with measured times; a hostile draft is soon left alone."""
-    engine = stairs(tiny.target, getattr(tiny, draft), height=4, stairs_height="auto")
-    for seed in range(3):
-        texts = prompts(6, seed=70 + seed)
-        expected = token_ids(plain(tiny.target), texts, greedy(60))
-        assert token_ids(engine, texts, greedy(60)) == expected
-    stats = statistics(engine)
-    if draft == "random":
-        assert stats["heights"][0] > 0.6 * stats["staircases"]
-    else:
-        # Drafting again after steps without it: the holes were filled.
-        assert stats["accepted_per_position"] == stats["drafted_per_position"]

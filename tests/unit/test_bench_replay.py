@@ -154,6 +154,65 @@ def test_gain_finds_tall_stairs_where_drafts_hold(tmp_path):
     assert gain.tokens_per_s > 0.95 * best.tokens_per_s
 
 
+def test_auto_leaves_a_useless_draft_alone(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(5, 3000, 0.02).decode(4))
+    dear = CostModel(Curve({1: 5.0}), Curve({1: 10.0, 5: 20.0}), 0.5)
+    plain, (auto,) = replay.compare(found, [policies.Auto(4, dear)], dear, 1)
+    assert auto.tokens == 3000
+    assert auto.tokens_per_s > 0.98 * plain.tokens_per_s
+
+
+def test_auto_keeps_up_with_the_best_height_and_uses_confidence(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(6, 3000, 0.85).decode(8))
+    cheap = CostModel(Curve({1: 1.5}), Curve({1: 10.0, 9: 10.5}), 0.5)
+    scores = [policies.Fixed(height) for height in range(9)]
+    _, (auto, *fixed) = replay.compare(found, [policies.Auto(8, cheap), *scores], cheap, 1)
+    # This draft is unsure of its mistakes, and of nothing else.
+    assert auto.tokens_per_s > 1.05 * max(score.tokens_per_s for score in fixed)
+    assert auto.target_ms + auto.draft_ms + auto.overhead_ms == pytest.approx(
+        1e3 * auto.tokens / auto.tokens_per_s
+    )
+
+
+def test_auto_decides_per_request(tmp_path):
+    """Where only some requests' drafts hold, only these get tall staircases."""
+    lines = []
+    for number in range(48):
+        own = Pair(number, 120, 0.95 if number % 3 else 0.02).decode(8)
+        for line in own:
+            line["probability"] = [0.6] * len(line["draft"])
+            lines.append({**line, "request": number})
+    found = write(tmp_path / "r.jsonl", lines)
+    model = CostModel(Curve({1: 1.0}), Curve({1: 10.0, 40: 20.0}))
+    auto = replay.replay(found, policies.Auto(8, model), model, batch=2)
+    best = max(
+        replay.replay(found, policies.Fixed(height), model, batch=2).tokens_per_s
+        for height in range(9)
+    )
+    assert auto.heights[0] > 0.3 * auto.staircases
+    assert sum(auto.heights[4:]) > 0.2 * auto.staircases
+    assert auto.tokens_per_s > 1.08 * best
+
+
+def test_auto_pays_for_the_text_that_its_draft_has_missed(tmp_path):
+    """Off while the draft is wrong; when it comes back a longer first pass reads the gap."""
+    pair = Pair(1, 1200, 0.0)
+    pair.agrees[600:] = [True] * 600
+    found = write(tmp_path / "r.jsonl", pair.decode(6))
+    model = CostModel(Curve({1: 1.0, 101: 21.0}), Curve({1: 10.0, 9: 10.5}))
+    score = replay.replay(found, policies.Auto(6, model), model)
+    passes = sum(height * count for height, count in enumerate(score.heights))
+    assert passes > 100
+    assert score.draft_ms > 1.0 * passes + 20.0
+
+
+def test_auto_is_deterministic(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(9, 800, 0.6).decode(6))
+    one, two = (replay.replay(found, policies.Auto(6, FLAT), FLAT) for _ in range(2))
+    assert one.heights == two.heights
+    assert one.tokens_per_s == two.tokens_per_s
+
+
 def test_thousands_of_steps_a_second(tmp_path):
     found = write(tmp_path / "r.jsonl", Pair(7, 20000, 0.5).decode(4))
     start = time.perf_counter()
@@ -260,7 +319,8 @@ def test_the_h100_example_is_what_the_data_sheet_gives():
 
 
 @pytest.mark.parametrize(
-    "text", ["fixed", "fixed:-1", "fixed:x", "threshold", "tall:3", "gain:0", "heuristic:1:2:3"]
+    "text",
+    ["fixed", "fixed:-1", "fixed:x", "threshold", "tall:3", "gain:0", "auto:0", "heuristic:1:2:3"],
 )
 def test_unknown_policies_get_one_line(text):
     with pytest.raises(BenchError, match="unknown policy"):
@@ -275,6 +335,8 @@ def test_unknown_policies_get_one_line(text):
         ("product:0.2:3", "product:0.2:3"),
         ("heuristic", "heuristic:4:4"),
         ("gain:2", "gain:2"),
+        ("auto", "auto:4"),
+        ("auto:3", "auto:3"),
     ],
 )
 def test_policies_are_read(text, name):

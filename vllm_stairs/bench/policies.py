@@ -5,6 +5,7 @@ from typing import Protocol
 
 from vllm_stairs.bench.costs import CostModel
 from vllm_stairs.bench.errors import BenchError
+from vllm_stairs.height.ragged import RaggedPolicy
 
 
 class Policy(Protocol):
@@ -149,12 +150,26 @@ class Gain:
             self._held[position] = self._held[position] * self._DECAY + held
 
 
-def parse(text: str, *, height: int, costs: CostModel) -> Policy:
+class Auto:
+    """The engine's own policy (:class:`vllm_stairs.height.ragged.RaggedPolicy`).
+
+    It decides for all requests of a step together, and learns the costs from the times that the
+    cost model gives, as the engine would from its clock.
+    """
+
+    def __init__(self, height: int, costs: CostModel) -> None:
+        self.height = height
+        self.name = f"auto:{height}"
+        self.costs = costs
+        self.policy = RaggedPolicy(height, draft_share=costs.draft_ms(1) / costs.target_ms(1))
+
+
+def parse(text: str, *, height: int, costs: CostModel) -> Policy | Auto:
     """Read a policy.
 
     Args:
-        text: ``fixed:K``, ``threshold:P[:K]``, ``product:P[:K]``, ``heuristic[:START[:K]]`` or
-            ``gain[:K]``; K is the largest height, the record's where it is left out.
+        text: ``fixed:K``, ``threshold:P[:K]``, ``product:P[:K]``, ``heuristic[:START[:K]]``,
+            ``gain[:K]`` or ``auto[:K]``; K is the largest height, the record's where left out.
         height: the record's largest height.
         costs: for the policies that weigh costs.
     """
@@ -170,11 +185,13 @@ def parse(text: str, *, height: int, costs: CostModel) -> Policy:
             return Heuristic(start, _height(numbers[1]) if numbers[1:] else height)
         if name == "gain" and len(numbers) <= 1:
             return Gain(_height(numbers[0]) if numbers else height, costs)
+        if name == "auto" and len(numbers) <= 1:
+            return Auto(_height(numbers[0]) if numbers else height, costs)
     except ValueError:
         pass
     raise BenchError(
         f"unknown policy {text!r}: expected fixed:K, threshold:P[:K], product:P[:K], "
-        "heuristic[:START[:K]] or gain[:K]"
+        "heuristic[:START[:K]], gain[:K] or auto[:K]"
     )
 
 

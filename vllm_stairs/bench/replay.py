@@ -11,6 +11,10 @@ Past a wrong token a policy sees recorded probabilities while there are any, the
 is free. A step of several requests costs as many draft passes as its tallest staircase. With a
 sampled draft or target (temperature above 0) the first paragraph does not hold and the result
 is an approximation.
+
+``auto`` is asked for all requests of a step at once, as in the engine, and told the times of the
+cost model. Text that the draft has missed while it was not drafting is read in its next first pass,
+which then costs as much as one of so many more requests.
 """
 
 import time
@@ -21,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from vllm_stairs.bench.costs import CostModel
-from vllm_stairs.bench.policies import Fixed, Policy
+from vllm_stairs.bench.policies import Auto, Fixed, Policy
 from vllm_stairs.bench.record import Record, Trace
 
 
@@ -59,12 +63,14 @@ class Score:
 class _Lane:
     """One request on its way through its trace."""
 
-    __slots__ = ("position", "request", "runs", "tokens", "trace", "unknown")
+    __slots__ = ("position", "read", "request", "runs", "tokens", "trace", "unknown")
 
     def __init__(self, request: int, trace: Trace) -> None:
         self.request = request
         self.trace = trace
         self.position = 0
+        # Where the draft has last followed the text to.
+        self.read = 0
         self.tokens = trace.tokens
         self.runs = _runs(trace.held)
         self.unknown = np.concatenate([[0], np.cumsum(~trace.known)]).tolist()
@@ -74,14 +80,19 @@ class _Lane:
         wanted = min(policy.ceiling(self.request, batch), self.tokens - self.position - 1)
         if not policy.reads_probabilities or wanted < 1:
             return max(wanted, 0)
-        run = self.runs[self.position]
-        seen = self.trace.probability[self.position : self.position + min(wanted, run + 1)].tolist()
-        if wanted > run:
-            seen += self.trace.tails.get(self.position + run, ())
+        seen = self.seen(wanted)
         for drafted in range(1, min(wanted, len(seen)) + 1):
             if not policy.go_on(seen[:drafted]):
                 return drafted
         return min(wanted, len(seen))
+
+    def seen(self, wanted: int) -> list[float]:
+        """The draft's probabilities of its next tokens: ``wanted`` of them, or as far as known."""
+        run = self.runs[self.position]
+        seen = self.trace.probability[self.position : self.position + min(wanted, run + 1)].tolist()
+        if wanted > run:
+            seen += self.trace.tails.get(self.position + run, ())
+        return seen[:wanted]
 
     def advance(self, height: int) -> tuple[int, bool]:
         """Validate a staircase; returns the accepted drafts and whether any was a guess."""
@@ -90,6 +101,8 @@ class _Lane:
         compared = min(accepted + 1, height)
         guessed = self.unknown[start + compared] > self.unknown[start]
         self.position += accepted + 1
+        if height:
+            self.read = self.position
         return accepted, guessed
 
 
@@ -101,7 +114,36 @@ def _runs(held: np.ndarray) -> list[int]:
     return runs
 
 
-def replay(record: Record, policy: Policy, costs: CostModel, batch: int = 1) -> Score:
+def _draft_together(
+    auto: Auto, running: Sequence[_Lane], costs: CostModel
+) -> tuple[list[int], float]:
+    """One step's drafting as the engine does it; returns heights and milliseconds."""
+    policy = auto.policy
+    room = [min(auto.height, lane.tokens - lane.position - 1) for lane in running]
+    plan = policy.plan(
+        [lane.request for lane in running],
+        room,
+        [lane.position - lane.read for lane in running],
+        [lane.tokens - lane.position for lane in running],
+    )
+    seen = {index: running[index].seen(room[index]) for index in plan.active}
+    first = further = 0.0
+    while plan.active:
+        depth = len(plan.passes)
+        if depth:
+            further += costs.draft_ms(len(plan.active))
+        else:
+            first = costs.draft_ms(len(plan.active) + plan.filled)
+        policy.proceed(plan, [seen[index][depth] for index in plan.active])
+        for index in list(plan.active):
+            if len(seen[index]) == depth + 1:
+                plan.drop(index)  # Nobody knows what the draft would have written next.
+    if plan.passes:
+        policy.drafted(plan, first, further)
+    return policy.settle(plan), first + further
+
+
+def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int = 1) -> Score:
     """Run a policy over a record.
 
     Args:
@@ -120,23 +162,38 @@ def replay(record: Record, policy: Policy, costs: CostModel, batch: int = 1) -> 
         while waiting and len(running) < batch:
             running.append(waiting.pop())
         size = len(running)
-        rows = passes = drafting = 0
-        for lane in running:
-            height = lane.height(policy, size)
-            accepted, unsure = lane.advance(height)
-            policy.observe(lane.request, height, accepted)
+        chosen: list[int] = []
+        outcomes: list[tuple[int, bool]] = []
+        if isinstance(policy, Auto):
+            chosen, spent = _draft_together(policy, running, costs)
+            outcomes = [lane.advance(own) for lane, own in zip(running, chosen, strict=True)]
+            draft_ms += spent
+        else:
+            for lane in running:
+                height = lane.height(policy, size)
+                outcomes.append(lane.advance(height))
+                policy.observe(lane.request, height, outcomes[-1][0])
+                chosen.append(height)
+            if passes := max(chosen):
+                draft_ms += passes * costs.draft_ms(sum(own > 0 for own in chosen))
+        rows = size + sum(chosen)
+        for height, (accepted, unsure) in zip(chosen, outcomes, strict=True):
             heights[height] = heights.get(height, 0) + 1
-            rows += height + 1
-            passes = max(passes, height)
-            drafting += height > 0
             tokens += accepted + 1
-            drafted_in_all += height
             guessed += unsure
+        drafted_in_all += sum(chosen)
         staircases += size
         steps += 1
-        if passes:
-            draft_ms += passes * costs.draft_ms(drafting)
         target_ms += costs.target_ms(rows)
+        ended = [lane for lane in running if lane.position >= lane.tokens]
+        if isinstance(policy, Auto):
+            policy.policy.observe(
+                [lane.request for lane in running],
+                chosen,
+                [accepted for accepted, _ in outcomes],
+                costs.target_ms(rows) + costs.overhead_ms,
+            )
+            policy.policy.forget([lane.request for lane in ended])
         running = [lane for lane in running if lane.position < lane.tokens]
     overhead_ms = steps * costs.overhead_ms
     return Score(
@@ -158,7 +215,7 @@ def replay(record: Record, policy: Policy, costs: CostModel, batch: int = 1) -> 
 
 
 def compare(
-    record: Record, policies: Sequence[Policy], costs: CostModel, batch: int
+    record: Record, policies: Sequence[Policy | Auto], costs: CostModel, batch: int
 ) -> tuple[Score, list[Score]]:
     """Plain decoding (a height of 0) and every policy, on the same record."""
     plain = replay(record, Fixed(0), costs, batch)

@@ -16,23 +16,36 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_stairs.engine.speculative import is_stairs
+from vllm_stairs.height.ragged import REASONS
 
 logger = init_logger("vllm.stairs.metrics")
 
 PHASES = ("draft", "target", "validation")
+
+OPT_OUT = "opt_out"
+"""The request asked for no drafts (``stairs_max_height``)."""
+SAMPLING = "sampling"
+"""A request of the batch asks for what only plain decoding has."""
+OFF_REASONS = (*REASONS, OPT_OUT, SAMPLING)
+"""Why requests did not draft under ``--stairs-height auto``."""
 
 
 class Counters:
     """What became of the staircases since start-up.
 
     Args:
-        values: ``[1 + 3 + 2 (K + 1)]``, float64, zero at the start: steps, seconds per phase,
-            staircases by height, staircases by accepted drafts.
+        values: ``[num_values(K)]``, float64, zero at the start: steps, seconds per phase,
+            staircases by height, staircases by accepted drafts, times that a request did not
+            draft by reason, estimated gain.
         max_height: K.
     """
 
@@ -43,11 +56,13 @@ class Counters:
         self._seconds = values[1:4]
         self.heights = values[4 : 4 + size]
         self.accepted = values[4 + size : 4 + 2 * size]
+        self.off = values[4 + 2 * size : 4 + 2 * size + len(OFF_REASONS)]
+        self._gain = values[4 + 2 * size + len(OFF_REASONS) :]
 
     @staticmethod
     def num_values(max_height: int) -> int:
         """Length of the array."""
-        return 1 + len(PHASES) + 2 * (max_height + 1)
+        return 1 + len(PHASES) + 2 * (max_height + 1) + len(OFF_REASONS) + 1
 
     @classmethod
     def attach(cls, path: str | None, max_height: int) -> "Counters":
@@ -63,6 +78,16 @@ class Counters:
         size = len(self.heights)
         self.heights += np.bincount(heights, minlength=size)
         self.accepted += np.bincount(num_accepted, minlength=size)
+
+    def count_off(self, reasons: Iterable[str | None]) -> None:
+        """Count requests that do not draft in a step, by reason (None: it drafts)."""
+        for reason in reasons:
+            if reason is not None:
+                self.off[OFF_REASONS.index(reason)] += 1
+
+    def set_gain(self, gain: float) -> None:
+        """Tokens per second of late relative to plain decoding, as the policy estimates it."""
+        self._gain[0] = gain
 
     def add_time(self, phase: str, seconds: float) -> None:
         """Add to the time spent in one of :data:`PHASES`."""
@@ -84,6 +109,8 @@ class Counters:
             "drafted_per_position": [int(sum(heights[i:])) for i in at_least],
             "accepted_per_position": [int(sum(accepted[i:])) for i in at_least],
             "seconds": self.seconds(),
+            "off": {r: int(n) for r, n in zip(OFF_REASONS, self.off.tolist(), strict=True)},
+            "estimated_gain": float(self._gain[0]) or None,
         }
 
 
@@ -154,6 +181,13 @@ class StairsStatLogger(StatLoggerBase):
             100 * heights[0] / staircases,
             *(100 * share[phase] for phase in PHASES),
         )
+        off = {r: n - last["off"][r] for r, n in stats["off"].items() if n > last["off"][r]}
+        if stats["estimated_gain"] is not None:
+            logger.info(
+                "Stairs: estimated speed against plain decoding: %.2f; not drafted: %s",
+                stats["estimated_gain"],
+                ", ".join(f"{r} {n}" for r, n in off.items()) or "never",
+            )
 
 
 class _StairsCollector:
@@ -191,13 +225,28 @@ class _StairsCollector:
             "Time of the worker in each phase of a step.",
             labels=["model_name", "engine", "phase"],
         )
+        gain = GaugeMetricFamily(
+            "vllm:spec_decode_stairs_estimated_gain",
+            "Speed of late against plain decoding, as the height policy estimates it.",
+            labels=["model_name", "engine"],
+        )
+        off = CounterMetricFamily(
+            "vllm:spec_decode_stairs_off",
+            "Steps in which a request did not draft, by the height policy's reason.",
+            labels=["model_name", "engine", "reason"],
+        )
         for counters, labels in self.sources:
             values = list(labels.values())
             height.add_metric(values, *_histogram(counters.heights, 0))
             length.add_metric(values, *_histogram(counters.accepted, 1))
             for phase, spent in counters.seconds().items():
                 seconds.add_metric([*values, phase], spent)
-        return [height, length, seconds]
+            stats = counters.as_dict()
+            if stats["estimated_gain"] is not None:
+                gain.add_metric(values, stats["estimated_gain"])
+                for reason, count in stats["off"].items():
+                    off.add_metric([*values, reason], count)
+        return [height, length, seconds, gain, off]
 
 
 def _histogram(counts: np.ndarray, first: int) -> tuple[list[tuple[str, float]], float]:

@@ -8,8 +8,9 @@ to draft costs nothing.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ class StairsProposer(DraftModelProposer):
         block_table: Any,
         sampling_metadata: Any,
         want_confidences: bool = False,
+        go_on: Callable[[list[float]], Sequence[int]] | None = None,
     ) -> Drafts:
         """Fill the holes and write the staircases.
 
@@ -183,21 +185,30 @@ class StairsProposer(DraftModelProposer):
             block_table: vLLM's ``BlockTable`` of the draft's KV cache group.
             sampling_metadata: of vLLM's whole input batch.
             want_confidences: also return the probability of every drafted token.
+            go_on: decides after each pass who takes part in the next, from the probabilities of
+                the tokens just drafted; returns places among these, rising. Requests at their
+                height may not be among them. None: all go on up to their heights.
         """
+        want_confidences = want_confidences or go_on is not None
         sampling = self._select(sampling_metadata, batch.rows)
         hidden_states = self._read_text(batch, token_ids, block_table)
         drafted, probs, confidence = self._sample(hidden_states, sampling, want_confidences)
 
-        # [still drafting] indices into the batch; compacted when requests reach their height.
+        # [still drafting] indices into the batch; compacted when requests stop.
         active = np.arange(len(batch))
         columns = [(active, drafted, probs, confidence)]
         passes: _Passes | None = None
         first = 0
-        for height in range(1, int(batch.heights.max())):
-            still = batch.heights[active] > height
-            if not still.all():
-                keep = async_tensor_h2d(np.flatnonzero(still), device=self.device)
-                drafted = drafted[keep]
+        for height in itertools.count(1):
+            if go_on is None:
+                still = np.flatnonzero(batch.heights[active] > height)
+            else:
+                assert confidence is not None
+                still = np.asarray(go_on(confidence.tolist()), dtype=np.int64)
+            if not len(still):
+                break
+            if len(still) < len(active):
+                drafted = drafted[async_tensor_h2d(still, device=self.device)]
                 active = active[still]
                 sampling = self._select(sampling_metadata, batch.rows[active])
                 passes = None

@@ -7,8 +7,9 @@ text of every request is then on the host.
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +22,32 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_stairs.config import request_max_height
 from vllm_stairs.engine.acceptor import StairsRejectionSampler, needs_plain_sampling
-from vllm_stairs.engine.metrics import Counters
+from vllm_stairs.engine.metrics import OPT_OUT, SAMPLING, Counters
 from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
-from vllm_stairs.height.policy import FixedHeight, HeightPolicy
+from vllm_stairs.height.ragged import RaggedPolicy
 from vllm_stairs.proposer.draft_kv import DraftKVLedger
 from vllm_stairs.proposer.plan import RequestLimits, height_ceiling
 from vllm_stairs.scorer.layouts import expand_rows
 
 logger = init_logger("vllm.stairs.runner")
+
+
+class _Candidate(NamedTuple):
+    """A request that may draft: its row in the input batch, its text, its room."""
+
+    row: int
+    num_tokens: int
+    num_valid: int
+    room: int
+    remaining: int
+    reason: str | None
+
+
+def _draft_batch(candidates: Sequence[_Candidate], heights: Sequence[int]) -> DraftBatch:
+    columns = [(c.row, c.num_tokens, c.num_valid) for c in candidates]
+    rows, num_tokens, num_valid = np.asarray(columns, dtype=np.int64).reshape(-1, 3).T
+    return DraftBatch(rows, num_tokens, num_valid, np.asarray(heights, dtype=np.int64))
 
 
 class StairsModelRunnerMixin:
@@ -65,14 +83,11 @@ class StairsModelRunnerMixin:
             self.stairs_record = open(config.stairs.record, "a", buffering=1)  # noqa: SIM115
         self._stairs_drafted: dict[str, tuple[list[int], list[float]]] = {}
         self._stairs_target_seconds = 0.0
-        self.stairs_policy: HeightPolicy | FixedHeight = (
-            HeightPolicy(config.num_speculative_tokens, use_confidence=False)
-            if config.stairs.height == "auto"
-            else FixedHeight(config.num_speculative_tokens)
-        )
+        self.stairs_policy: RaggedPolicy | None = None
+        if config.stairs.height == "auto":
+            self.stairs_policy = RaggedPolicy(config.num_speculative_tokens)
         self._stairs_draft_seconds = 0.0
-        # Whether the last drafting had to read more text than a usual step leaves.
-        self._stairs_caught_up = False
+        self._stairs_step_start = 0.0
 
     # ----------------------------------------------------------------------- start-up
 
@@ -135,6 +150,8 @@ class StairsModelRunnerMixin:
             self.stairs_limits.pop(req_id, None)
             self._stairs_drafted.pop(req_id, None)
             ledger.release(req_id)
+        if self.stairs_policy is not None:
+            self.stairs_policy.forget(list(scheduler_output.finished_req_ids))
         for new in scheduler_output.scheduled_new_reqs:
             self.stairs_limits[new.req_id] = _limits(new, self.num_spec_tokens)
             ledger.admit(new.req_id, new.block_ids[group], new.num_computed_tokens)
@@ -154,7 +171,7 @@ class StairsModelRunnerMixin:
 
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Also time the target's pass."""
-        start = time.perf_counter()
+        start = self._stairs_step_start = time.perf_counter()
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -255,59 +272,132 @@ class StairsModelRunnerMixin:
         heights_before = self.num_decode_draft_tokens.np[: len(sampled_token_ids)]
         self._observe(sampled_token_ids, heights_before, scheduler_output)
 
-        req_ids = self.input_batch.req_ids
-        num_writing = sum(map(bool, sampled_token_ids))
-        max_height = scheduler_output.num_spec_tokens_to_schedule
-        if num_writing:
-            max_height = min(max_height, self.stairs_policy.choose(num_writing))
-        batch = self._plan(sampled_token_ids, max_height, sampling_metadata)
-        drafts: list[list[int]] = [[] for _ in req_ids]
-        if len(batch):
-            written = self.drafter.draft(
-                batch,
-                self.input_batch.token_ids_cpu,
-                self.input_batch.block_table[self.drafter.kv_cache_gid],
-                sampling_metadata,
-                want_confidences=self.stairs_record is not None,
-            )
-            for row, token_ids in zip(batch.rows.tolist(), written.token_ids, strict=True):
-                drafts[row] = token_ids
-            self._after_drafting(batch, written)
+        drafts: list[list[int]] = [[] for _ in self.input_batch.req_ids]
+        candidates = self._candidates(
+            sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule, sampling_metadata
+        )
+        if self.stairs_policy is None:
+            able = [c for c in candidates if c.room]
+            batch = _draft_batch(able, [c.room for c in able])
+            if len(batch):
+                written = self._draft(batch, sampling_metadata)
+                for row, token_ids in zip(batch.rows.tolist(), written.token_ids, strict=True):
+                    drafts[row] = token_ids
+        elif candidates:
+            self._draft_what_pays(self.stairs_policy, candidates, sampling_metadata, drafts, start)
         self._stairs_draft_seconds = time.perf_counter() - start
         self.stairs_counters.add_time("draft", self._stairs_draft_seconds)
-        # In the usual step a draft pass reads the newest token, or that and the last draft.
-        self._stairs_caught_up = bool((batch.num_tokens - batch.num_valid > 2).any())
         return drafts
 
-    def _plan(
+    def _draft_what_pays(
+        self: Any,
+        policy: RaggedPolicy,
+        candidates: list[_Candidate],
+        sampling_metadata: Any,
+        drafts: list[list[int]],
+        start: float,
+    ) -> None:
+        """Let the policy decide who drafts, when each stops, and what the target verifies.
+
+        Args:
+            policy: decides.
+            candidates: the requests that go on.
+            sampling_metadata: of vLLM's whole input batch.
+            drafts: per row of the input batch; is filled in.
+            start: when this step's proposing began (``time.perf_counter``).
+        """
+        req_ids = self.input_batch.req_ids
+        plan = policy.plan(
+            [req_ids[c.row] for c in candidates],
+            [c.room for c in candidates],
+            # The usual step leaves the newest token, and the last draft if all were kept.
+            [max(c.num_tokens - c.num_valid - 2, 0) for c in candidates],
+            [c.remaining for c in candidates],
+            [c.reason for c in candidates],
+        )
+        self.stairs_counters.count_off(plan.reasons)
+        self.stairs_counters.set_gain(policy.gain)
+        if not plan.active:
+            return
+        chosen = list(plan.active)
+        batch = _draft_batch([candidates[i] for i in chosen], [plan.heights[i] for i in chosen])
+        after_first = 0.0
+
+        def go_on(confidences: list[float]) -> list[int]:
+            nonlocal after_first
+            elapsed = time.perf_counter() - start
+            after_first = after_first or elapsed
+            return policy.proceed(plan, confidences, elapsed * 1e3)
+
+        written = self._draft(batch, sampling_metadata, go_on)
+        # Which drafts to verify may depend on their confidence only where they were not drawn.
+        heights = policy.settle(plan, may_trim=written.probabilities is None)
+        for i, token_ids in zip(chosen, written.token_ids, strict=True):
+            drafts[candidates[i].row] = token_ids[: heights[i]]
+        total = time.perf_counter() - start
+        policy.drafted(plan, after_first * 1e3, (total - after_first) * 1e3)
+
+    def _draft(
+        self: Any,
+        batch: DraftBatch,
+        sampling_metadata: Any,
+        go_on: Callable[[list[float]], Sequence[int]] | None = None,
+    ) -> Drafts:
+        written: Drafts = self.drafter.draft(
+            batch,
+            self.input_batch.token_ids_cpu,
+            self.input_batch.block_table[self.drafter.kv_cache_gid],
+            sampling_metadata,
+            want_confidences=self.stairs_record is not None,
+            go_on=go_on,
+        )
+        self._after_drafting(batch, written)
+        return written
+
+    def _candidates(
         self: Any, sampled_token_ids: list[list[int]], max_height: int, sampling_metadata: Any
-    ) -> DraftBatch:
-        """Who drafts how much in this step."""
+    ) -> list[_Candidate]:
+        """The requests that have written a token and go on, and how far each may draft."""
         req_ids = self.input_batch.req_ids
         num_tokens = self.input_batch.num_tokens_no_spec[: len(req_ids)].tolist()
         group = self.drafter.kv_cache_gid
-        if needs_plain_sampling(sampling_metadata):
-            max_height = 0
-        chosen: list[tuple[int, int, int, int]] = []
+        plainly = needs_plain_sampling(sampling_metadata)
+        found: list[_Candidate] = []
         for row, req_id in enumerate(req_ids):
             block_ids = self.requests[req_id].block_ids[group]
             confirmed = num_tokens[row] - 1
             self.stairs_ledger.settle(req_id, block_ids, confirmed)
             if not sampled_token_ids[row]:
                 continue
-            height = height_ceiling(
-                self.stairs_limits[req_id],
-                num_tokens[row],
-                sampled_token_ids[row][-1],
-                max_height,
-                self.max_model_len,
-                self.effective_drafter_max_model_len,
-            )
-            if height:
+            limits = self.stairs_limits[req_id]
+            newest = sampled_token_ids[row][-1]
+            remaining = limits.max_tokens - num_tokens[row]
+            if remaining <= 0 or newest in limits.stop_token_ids:
+                continue
+            room = 0
+            if not plainly:
+                room = height_ceiling(
+                    limits,
+                    num_tokens[row],
+                    newest,
+                    max_height,
+                    self.max_model_len,
+                    self.effective_drafter_max_model_len,
+                )
+            valid = confirmed
+            if room:
                 valid = self.stairs_ledger.valid_tokens(req_id, block_ids, confirmed)
-                chosen.append((row, num_tokens[row], valid, height))
-        columns = np.asarray(chosen, dtype=np.int64).reshape(-1, 4).T
-        return DraftBatch(*columns)
+            found.append(
+                _Candidate(
+                    row=row,
+                    num_tokens=num_tokens[row],
+                    num_valid=valid,
+                    room=room,
+                    remaining=remaining,
+                    reason=SAMPLING if plainly else None if limits.max_height else OPT_OUT,
+                )
+            )
+        return found
 
     def _after_drafting(self: Any, batch: DraftBatch, written: Drafts) -> None:
         req_ids = self.input_batch.req_ids
@@ -316,7 +406,7 @@ class StairsModelRunnerMixin:
             # The last draft is never read by the draft model itself.
             read = num_tokens[index] + max(len(written.token_ids[index]) - 1, 0)
             self.stairs_ledger.wrote(req_ids[row], read)
-            if written.confidences is not None:
+            if self.stairs_record is not None and written.confidences is not None:
                 self._stairs_drafted[req_ids[row]] = (
                     written.token_ids[index],
                     written.confidences[index],
@@ -337,14 +427,14 @@ class StairsModelRunnerMixin:
         emitted = np.fromiter(map(len, sampled_token_ids), np.int64, len(sampled_token_ids))
         staircases = (heights >= 0) & (emitted > 0)
         self.stairs_counters.observe(heights[staircases], emitted[staircases] - 1)
-        if staircases.any():
-            # A step that also read prompts is no measure of a usual one.
-            decodes_only = bool((heights >= 0).all())
+        if self.stairs_policy is not None:
+            rows = np.flatnonzero(staircases).tolist()
             self.stairs_policy.observe(
-                heights[staircases].tolist(),
-                (emitted[staircases] - 1).tolist(),
-                target_ms=self._stairs_target_seconds * 1e3 if decodes_only else None,
-                draft_ms=None if self._stairs_caught_up else self._stairs_draft_seconds * 1e3,
+                [self.input_batch.req_ids[row] for row in rows],
+                heights[rows].tolist(),
+                (emitted[rows] - 1).tolist(),
+                target_ms=(time.perf_counter() - self._stairs_step_start) * 1e3,
+                rows=scheduler_output.total_num_scheduled_tokens,
             )
         if self.stairs_record is None:
             return

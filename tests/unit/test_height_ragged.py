@@ -1,0 +1,907 @@
+"""The ragged height policy on synthetic texts, drafts and machines: no model, a simulated clock."""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_stairs.height.costs import DraftCost, Line, TargetCost
+from vllm_stairs.height.gain import Gain
+from vllm_stairs.height.ragged import (
+    CATCHING_UP,
+    LIMIT,
+    LOAD,
+    MEASURING,
+    WEAK_DRAFT,
+    Plan,
+    RaggedPolicy,
+)
+from vllm_stairs.height.risk import Account, Prober
+from vllm_stairs.height.vector import best_prefix, best_vector
+
+# -- a world -----------------------------------------------------------------------------
+
+Token = tuple[float, float]
+"""The probability that the draft's token is kept, and the draft's confidence in it."""
+Kind = Callable[[random.Random, int], Token]
+"""A draft on a text: random source, position in the text -> its token there."""
+
+
+def honest(low: float, high: float) -> Kind:
+    """A draft that knows how good it is: every token's probability is its confidence."""
+
+    def kind(source: random.Random, position: int) -> Token:
+        probability = source.uniform(low, high)
+        return probability, probability
+
+    return kind
+
+
+def constant(rate: float, confidence: float = 0.7) -> Kind:
+    return lambda source, position: (rate, confidence)
+
+
+GOOD = honest(0.6, 1.0)
+
+
+def random_draft(source: random.Random, position: int) -> Token:
+    return 0.002, source.uniform(0.0, 0.02)
+
+
+def hostile(source: random.Random, position: int) -> Token:
+    """Confident and wrong."""
+    return 0.005, source.uniform(0.9, 1.0)
+
+
+def cpu(rows: int) -> float:
+    """Like a small model on a few cores: eight rows are nearly free, 16 cost a third more."""
+    points = [(1, 20.0), (8, 20.6), (16, 27.0), (32, 38.0), (64, 61.0)]
+    for (x, y), (x1, y1) in itertools.pairwise(points):
+        if rows <= x1:
+            return y + (y1 - y) * (rows - x) / (x1 - x)
+    return 61.0 + 1.0 * (rows - 64)
+
+
+def gpu(rows: int) -> float:
+    """Like a large model on an accelerator: a hundred rows are nearly free."""
+    return 20.0 + 0.01 * rows + 0.12 * max(0, rows - 128)
+
+
+@dataclass
+class Machine:
+    """Milliseconds of everything; what the policy is shown is noisy, what is scored is not."""
+
+    target: Callable[[int], float] = cpu
+    draft: float = 4.0
+    speculating: float = 0.6
+    per_token: float = 0.15
+    noise: float = 0.04
+    spikes: float = 0.0
+    compile_ms: float = 0.0
+    seen: set[object] = field(default_factory=set)
+
+    def step(self, rows: int, speculating: bool) -> float:
+        return self.target(rows) + (self.speculating if speculating else 0.0)
+
+    def draft_pass(self, requests: int) -> float:
+        return self.draft * (1.0 + 0.01 * (requests - 1))
+
+    def shown(self, ms: float, source: random.Random, shape: object) -> float:
+        """A measurement: noisy, now and then a spike, dear where a shape is new."""
+        value = ms * (1.0 + self.noise * source.gauss(0.0, 1.0))
+        if source.random() < self.spikes:
+            value *= 10.0
+        if self.compile_ms and shape not in self.seen:
+            self.seen.add(shape)
+            value += self.compile_ms
+        return max(value, 0.1 * ms)
+
+
+@dataclass
+class Result:
+    tokens: int = 0
+    ms: float = 0.0
+    heights: list[list[int]] = field(default_factory=list)
+    probes: list[int] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.ms
+
+    def mean(self, first: int, last: int | None = None) -> float:
+        chosen = [height for step in self.heights[first:last] for height in step]
+        return sum(chosen) / len(chosen)
+
+
+class World:
+    """Requests that come and go on a machine, as in the engine.
+
+    What the draft would write, and whether it is kept, is fixed per request and position, so that
+    policies are compared on the same texts.
+
+    Args:
+        kinds: the request's number -> its draft.
+        length: tokens of each request.
+        prompt: tokens of each prompt, which the draft has not read.
+    """
+
+    def __init__(
+        self,
+        kinds: Callable[[int], Kind],
+        batch: int = 1,
+        length: int = 4000,
+        prompt: int = 0,
+        machine: Machine | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.kinds, self.batch, self.length, self.prompt = kinds, batch, length, prompt
+        self.machine, self.seed = machine or Machine(), seed
+        self._known: dict[int, list[tuple[bool, float]]] = {}
+        self._sources: dict[int, random.Random] = {}
+
+    def token(self, request: int, position: int) -> tuple[bool, float]:
+        """Whether the draft's token at a position is kept, and its confidence."""
+        known = self._known.setdefault(request, [])
+        if position >= len(known):
+            source = self._sources.setdefault(request, random.Random(f"{self.seed} {request}"))
+            kind = self.kinds(request)
+            while position >= len(known):
+                rate, sure = kind(source, len(known))
+                known.append((source.random() < rate, sure))
+        return known[position]
+
+    def run(self, policy: RaggedPolicy | int, steps: int, adversary: bool = False) -> Result:
+        """So many steps; a number for a policy is a constant height, 0 plain decoding."""
+        result, machine = Result(), self.machine
+        source = random.Random(self.seed + 1)
+        fresh = itertools.count()
+        running: list[int] = []
+        position: dict[int, int] = {}
+        read: dict[int, int] = {}
+        for _ in range(steps):
+            joined = 0
+            while len(running) < self.batch:
+                request = next(fresh)
+                running.append(request)
+                position[request], read[request] = 1, 1 - self.prompt
+                joined += self.prompt
+            rooms = [max(self.length - position[request] - 1, 0) for request in running]
+            holes = [position[request] - read[request] for request in running]
+            draft_ms, probe = 0.0, False
+            if isinstance(policy, int):
+                heights = [min(policy, room) for room in rooms]
+                if any(heights):
+                    draft_ms = max(heights) * machine.draft_pass(len(running))
+                    draft_ms += machine.per_token * sum(holes)
+            else:
+                heights, draft_ms, probe = self._draft(
+                    policy, running, rooms, holes, position, source, result
+                )
+            accepted = []
+            for request, height in zip(running, heights, strict=True):
+                kept = 0
+                while kept < height and self.token(request, position[request] + kept)[0]:
+                    kept += 1
+                accepted.append(0 if adversary and not probe else kept)
+            rows = len(running) + sum(heights)
+            target_ms = machine.step(rows, rows > len(running))
+            result.ms += draft_ms + target_ms
+            result.tokens += len(running) + sum(accepted)
+            result.heights.append(heights)
+            for request, height, kept in zip(running, heights, accepted, strict=True):
+                position[request] += kept + 1
+                if height:
+                    read[request] = position[request]
+            if isinstance(policy, RaggedPolicy):
+                whole = rows + joined
+                ms = machine.step(whole, rows > len(running))
+                policy.observe(running, heights, accepted, machine.shown(ms, source, whole), whole)
+            ended = [request for request in running if position[request] >= self.length]
+            running = [request for request in running if request not in ended]
+            if isinstance(policy, RaggedPolicy):
+                policy.forget(ended)
+        return result
+
+    def _draft(
+        self,
+        policy: RaggedPolicy,
+        running: list[int],
+        rooms: list[int],
+        holes: list[int],
+        position: dict[int, int],
+        source: random.Random,
+        result: Result,
+    ) -> tuple[list[int], float, bool]:
+        machine = self.machine
+        remaining = [self.length - position[request] for request in running]
+        plan = policy.plan(running, rooms, holes, remaining)
+        for reason in filter(None, plan.reasons):
+            result.reasons[reason] = result.reasons.get(reason, 0) + 1
+        if plan.probe:
+            result.probes.append(len(result.heights))
+        first = further = shown_first = shown_further = 0.0
+        while plan.active:
+            depth, requests = len(plan.passes), len(plan.active)
+            ms = machine.draft_pass(requests)
+            if depth:
+                further += ms
+                shown_further += machine.shown(ms, source, ("draft", requests))
+            else:
+                first = ms + machine.per_token * plan.filled
+                shown_first = machine.shown(first, source, ("draft", requests))
+            sure = None
+            if policy.uses_confidence:
+                sure = [
+                    self.token(running[index], position[running[index]] + depth)[1]
+                    for index in plan.active
+                ]
+            policy.proceed(plan, sure, shown_first + shown_further)
+        if plan.passes:
+            policy.drafted(plan, shown_first, shown_further)
+        return policy.settle(plan), first + further, plan.probe
+
+
+def best_constant(world: World, steps: int, tallest: int = 8) -> tuple[float, int]:
+    return max((world.run(height, steps).rate, height) for height in range(tallest + 1))
+
+
+# -- the best vector ---------------------------------------------------------------------
+
+survival_lists = st.lists(
+    st.lists(st.floats(0.0, 1.0), max_size=3).map(
+        lambda rates: list(itertools.accumulate(rates, lambda a, b: a * b))
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=200)
+@given(
+    survival_lists,
+    st.lists(st.floats(0.0, 2.0), min_size=9, max_size=9),
+    st.floats(0.0, 5.0),
+    st.floats(0.01, 5.0),
+)
+def test_the_best_vector_of_all(
+    survivals: list[list[float]], steps: list[float], first: float, further: float
+) -> None:
+    """Against every vector there is, where rows get dearer the more there are."""
+    rows = [10.0, *itertools.accumulate(sorted(steps), initial=10.0)][1:]
+    tokens = float(len(survivals))
+
+    def rate(heights: Sequence[int]) -> float:
+        if not any(heights):
+            return 0.0
+        brought = tokens + sum(
+            sum(own[:height]) for own, height in zip(survivals, heights, strict=True)
+        )
+        return brought / (rows[sum(heights)] + first + (max(heights) - 1) * further)
+
+    best, heights = best_vector(survivals, tokens, rows, first, further)
+    assert best == pytest.approx(rate(heights))
+    every = itertools.product(*(range(len(own) + 1) for own in survivals))
+    assert best == pytest.approx(max(map(rate, every)))
+
+
+def test_the_tallest_staircase_pays_its_passes() -> None:
+    rows = [20.0] * 20
+    _, together = best_vector([[0.8, 0.5]] * 4, 4, rows, 5.0, 5.0)
+    assert together == [2, 2, 2, 2]
+    _, alone = best_vector([[0.8, 0.5], [0.8], [0.8], [0.8]], 4, rows, 5.0, 5.0)
+    assert alone == [1, 1, 1, 1]
+
+
+def test_dear_rows_go_to_those_who_bring_most() -> None:
+    rows = [20.0 + 3.0 * count for count in range(9)]
+    _, heights = best_vector([[0.95, 0.9], [0.3, 0.1], [0.5, 0.2], [0.9, 0.8]], 4, rows, 1.0, 1.0)
+    assert heights[0] == heights[3] == 2
+    assert heights[1] == 0
+
+
+def test_best_prefix() -> None:
+    assert best_prefix([0.9, 0.5, 0.2], [10.0, 10.4, 10.8, 11.2], 1.0) == 2
+    assert best_prefix([0.1], [10.0, 11.0], 1.0) == 0
+    # A jump is taken where what follows pays for it.
+    assert best_prefix([0.9, 0.9, 0.9], [10.0, 12.0, 12.0, 12.0], 1.0) == 3
+
+
+# -- costs -------------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(st.integers(1, 200), st.floats(0.5, 4.0), min_size=1, max_size=12),
+    st.integers(1, 60),
+)
+def test_lines_rise_and_tables_agree(points: dict[int, float], first: int) -> None:
+    line = Line([(size, value, 1.0) for size, value in sorted(points.items())], 0.02)
+    table = line.table(first, 80)
+    assert table == pytest.approx([line(size) for size in range(first, first + 80)])
+    assert all(right >= left - 1e-9 for left, right in itertools.pairwise(table))
+    assert min(table) > 0.0
+
+
+def test_plain_and_speculating_steps_are_told_apart() -> None:
+    cost = TargetCost()
+    for _ in range(20):
+        for rows in (2, 4, 6):
+            cost.add(rows, 20.0 + rows, False)
+            cost.add(rows, 23.0 + rows, True)
+    assert cost(4) == pytest.approx(24.0, rel=0.02)
+    assert cost(4, True) == pytest.approx(27.0, rel=0.02)
+    assert cost(5, True) == pytest.approx(28.0, rel=0.02)
+
+
+def test_a_speculating_step_is_never_taken_to_be_cheaper() -> None:
+    cost = TargetCost()
+    for _ in range(10):
+        cost.add(4, 20.0, False)
+        cost.add(4, 15.0, True)
+    assert cost(4, True) >= cost(4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_first_time_compilation_is_not_believed(rows: int) -> None:
+    cost = TargetCost()
+    if rows != 1:
+        cost.add(1, 20.0, False)
+        cost.add(1, 20.0, False)
+    cost.add(rows, 3000.0, rows > 1)
+    cost.add(rows, 20.5, rows > 1)
+    cost.add(rows, 20.5, rows > 1)
+    assert cost(rows, rows > 1) == pytest.approx(20.5, rel=0.05)
+
+
+def test_what_is_dear_twice_is_believed() -> None:
+    cost = TargetCost()
+    for _ in range(3):
+        cost.add(1, 20.0, False)
+    cost.add(9, 60.0, True)
+    assert cost(9, True) < 30.0
+    cost.add(9, 60.0, True)
+    assert cost(9, True) == pytest.approx(60.0)
+
+
+def test_a_slower_machine_moves_every_size() -> None:
+    cost = TargetCost()
+    for _ in range(10):
+        cost.add(1, 20.0, False)
+        cost.add(5, 30.0, True)
+    for _ in range(10):
+        cost.add(1, 40.0, False)
+    assert cost(5, True) == pytest.approx(60.0, rel=0.05)
+
+
+def test_prompts_say_what_rows_cost() -> None:
+    """Before any draft was verified: cheap rows on one machine, dear rows on the other."""
+    for per_row in (0.01, 0.7):
+        cost = TargetCost()
+        for _ in range(3):
+            cost.add(16, 20.0, False)
+            cost.add_prompt(2016, 20.0 + 2000 * per_row)
+        assert cost(64, True) == pytest.approx(20.0 + 48 * per_row, rel=0.1)
+
+
+def test_draft_passes() -> None:
+    cost = DraftCost(0.25)
+    for passes in itertools.islice(itertools.cycle((1, 3)), 40):
+        cost.add(4, passes - 1, 0, 20.0, 7.0, 5.0 * (passes - 1), 4.0)
+    assert cost.first(4, 20.0) == pytest.approx(7.0, rel=0.05)
+    assert cost.next(4, 20.0) == pytest.approx(5.0, rel=0.05)
+    for _ in range(5):
+        cost.add(4, 2, 100, 20.0, 7.0 + 30.0, 10.0, 4.0)
+    assert cost.fill(50, 20.0) == pytest.approx(15.0, rel=0.1)
+    assert cost.first(4, 20.0) == pytest.approx(7.0, rel=0.05)
+
+
+def test_draft_passes_that_were_timed_together() -> None:
+    cost = DraftCost(0.25)
+    for _ in range(20):
+        cost.add(1, 3, 0, 20.0, 24.0, None, 1.0)
+    assert cost.first(1, 20.0) + 3 * cost.next(1, 20.0) == pytest.approx(24.0, rel=0.05)
+
+
+def test_a_first_draft_that_compiles_is_not_believed() -> None:
+    cost = DraftCost(0.25)
+    cost.add(1, 1, 0, 20.0, 2000.0, 2000.0, 1.0)
+    assert cost.next(1, 20.0) == pytest.approx(5.0)
+    for _ in range(6):
+        cost.add(1, 1, 0, 20.0, 5.0, 4.0, 1.0)
+    assert cost.first(1, 20.0) == pytest.approx(5.0, rel=0.1)
+    assert cost.next(1, 20.0) == pytest.approx(4.0, rel=0.1)
+
+
+# -- gain --------------------------------------------------------------------------------
+
+
+def teach(
+    gain: Gain, request: object, staircases: Sequence[tuple[int, int]], sure: Sequence[float] = ()
+) -> None:
+    for height, accepted in staircases:
+        gain.tick()
+        gain.observe(request, height, accepted, sure)
+        gain.learned()
+
+
+def test_acceptance_is_conditional_on_position() -> None:
+    gain = Gain(3)
+    for request in range(400):
+        teach(gain, request, [[(3, 0), (3, 1), (3, 3), (3, 3)][request % 4]])
+        gain.forget(request)
+    assert gain.rates == pytest.approx([0.75, 2 / 3, 1.0], abs=0.05)
+
+
+def test_a_request_is_mixed_with_the_whole() -> None:
+    gain = Gain(4)
+    for request in range(30):
+        teach(gain, request, [(4, 4), (4, 0)] * 4)
+    before = gain.forecast("new", 4)
+    teach(gain, "code", [(4, 4)] * 2)
+    teach(gain, "prose", [(4, 0)] * 4)
+    some = gain.forecast("code", 4)
+    assert gain.forecast("prose", 4)[0] < before[0] < some[0]
+    teach(gain, "code", [(4, 4)] * 20)
+    assert gain.forecast("code", 4)[0] > some[0]
+
+
+def test_how_much_requests_differ_is_learned() -> None:
+    """Alike, a request's own record counts little; different, it counts at once."""
+    source = random.Random(0)
+    alike, different = Gain(1), Gain(1)
+    for request in range(60):
+        good = request % 2
+        teach(alike, request, [(1, int(source.random() < 0.5)) for _ in range(20)])
+        teach(different, request, [(1, int(source.random() < (0.95 if good else 0.05)))
+                                   for _ in range(20)])  # fmt: skip
+        alike.forget(request)
+        different.forget(request)
+    for gain in (alike, different):
+        teach(gain, "x", [(1, 0)] * 3)
+    assert different.forecast("x", 1)[0] < 0.2
+    assert alike.forecast("x", 1)[0] > 0.35
+
+
+def test_a_request_that_does_not_draft_drifts_back_to_the_whole() -> None:
+    gain = Gain(2)
+    for request in range(50):
+        teach(gain, request, [(2, 2)] * 3)
+    teach(gain, "x", [(2, 0)] * 8)
+    low = gain.forecast("x", 1)[0]
+    for _ in range(300):
+        gain.tick()
+    assert gain.forecast("x", 1)[0] > low + 0.3
+
+
+def test_confidence_is_calibrated() -> None:
+    gain = Gain(1)
+    assert gain.after("x", 0.99)[0] > 0.9
+    source = random.Random(0)
+    for _ in range(400):
+        sure = source.random()
+        teach(gain, source.random(), [(1, int(source.random() < 0.5 * sure))], [sure])
+    assert gain.after("x", 0.97)[0] == pytest.approx(0.48, abs=0.12)
+    assert gain.after("x", 0.25)[0] == pytest.approx(0.12, abs=0.12)
+
+
+def test_confident_and_wrong_is_found_out_in_a_few_steps() -> None:
+    gain = Gain(4)
+    teach(gain, "x", [(4, 0)] * 6, [0.97, 0.97, 0.97, 0.97])
+    assert gain.after("y", 0.97)[0] < 0.3
+
+
+def test_doubt_lets_news_turn_the_estimate() -> None:
+    gain = Gain(1)
+    for request in range(100):
+        teach(gain, request, [(1, 0)])
+    gain.doubt(8.0)
+    for request in range(100, 108):
+        teach(gain, request, [(1, 1)])
+    assert gain.rates[0] > 0.4
+
+
+# -- risk --------------------------------------------------------------------------------
+
+
+def test_probes_back_off_and_follow_success() -> None:
+    prober, waits, waited = Prober(1e9, 0.0), [], 0
+    for _ in range(4000):
+        prober.tick(True)
+        waited += 1
+        if prober.due(True):
+            waits.append(waited)
+            waited = 0
+            prober.made(-1.0, promising=False)
+    assert waits[:5] == [17, 33, 65, 129, 257]
+    assert max(waits) <= 1025
+    for _ in range(1025):
+        prober.tick(True)
+    assert prober.due(True)
+    for _ in range(7):
+        prober.made(1.0, promising=True)
+        prober.tick(True)
+        assert prober.due(True)
+    prober.made(1.0, promising=True)
+    prober.tick(True)
+    assert not prober.due(True)
+
+
+@given(st.lists(st.floats(0.0, 30.0), min_size=1, max_size=300), st.sampled_from([0.01, 0.05]))
+def test_what_probes_cost_is_bounded(costs: list[float], share: float) -> None:
+    prober, spent, steps = Prober(4.0, share), 0.0, 0
+    for cost in costs:
+        for _ in range(50):
+            prober.tick(True)
+            steps += 1
+        if prober.due(True) and prober.affords(cost):
+            prober.made(-cost, promising=False)
+            spent += cost
+    assert spent <= 4.0 + share * steps + max(costs)
+
+
+@given(st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=3000), st.booleans())
+def test_what_speculation_loses_is_bounded(wins: list[float], adversary: bool) -> None:
+    """Even where every step is chosen to hurt."""
+    account, net, steps = Account(8.0), 0.0, 0
+    for won in wins:
+        account.tick()
+        steps += 1
+        if not account.blocked:
+            won = -abs(won) if adversary else won
+            account.book(won)
+            net += won
+    pauses = max(steps // 64, 1).bit_length()
+    assert net >= -(8.0 + 3.0 + pauses * (4.0 + 3.0))
+
+
+def test_winning_back_ends_long_pauses() -> None:
+    account = Account(8.0)
+
+    def lose() -> int:
+        while not account.blocked:
+            account.book(-1.0)
+        paused = 0
+        while account.blocked:
+            account.tick()
+            paused += 1
+        return paused
+
+    assert [lose(), lose(), lose()] == [64, 128, 256]
+    for _ in range(5):
+        account.book(1.0)
+    assert account.full
+    assert lose() == 512
+    for _ in range(40):
+        account.book(1.0)
+    assert lose() == 64
+
+
+# -- the policy: gain --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft_ms", [1.0, 5.0])
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("confidence", [True, False])
+def test_regret_against_the_best_constant_height(
+    rate: float, draft_ms: float, confidence: bool
+) -> None:
+    """In 2,000 steps at most 5 % behind the best constant in hindsight."""
+    world = World(lambda _: constant(rate), machine=Machine(draft=draft_ms))
+    policy = RaggedPolicy(8, use_confidence=confidence)
+    best, _ = best_constant(world, 2000)
+    assert world.run(policy, 2000).rate >= 0.95 * best
+
+
+@pytest.mark.parametrize("target", [cpu, gpu])
+@pytest.mark.parametrize("batch", [2, 4, 16, 32])
+def test_regret_in_batches(target: Callable[[int], float], batch: int) -> None:
+    world = World(lambda _: GOOD, batch, machine=Machine(target, draft=3.0), length=400)
+    best, _ = best_constant(world, 400)
+    assert world.run(RaggedPolicy(8, draft_share=0.15), 400).rate >= 0.95 * best
+
+
+def test_heights_fit_the_position() -> None:
+    """A draft that is right twice and then wrong gets staircases of two."""
+
+    class Text:
+        def __call__(self, source: random.Random, position: int) -> Token:
+            return (0.02 if position % 3 == 0 else 0.98), 0.7
+
+    world = World(lambda _: Text(), machine=Machine(draft=3.0))
+    result = world.run(RaggedPolicy(8, use_confidence=False), 1500)
+    assert 1.5 <= result.mean(500) <= 3.0
+
+
+def test_confidence_pays() -> None:
+    """Stopping inside a draft beats every constant height, and the policy without it."""
+
+    def mixed(source: random.Random, position: int) -> Token:
+        return (0.97, 0.97) if source.random() < 0.75 else (0.15, 0.15)
+
+    world = World(lambda _: mixed)
+    reached = world.run(RaggedPolicy(8), 2000).rate
+    assert reached >= 1.08 * best_constant(world, 2000)[0]
+    assert reached >= 1.05 * world.run(RaggedPolicy(8, use_confidence=False), 2000).rate
+
+
+def test_a_cold_start_is_neither_timid_nor_stubborn() -> None:
+    good = World(lambda _: honest(0.8, 1.0), prompt=100).run(RaggedPolicy(8), 100)
+    assert good.mean(5) >= 3.0
+    assert max(height for step in good.heights[:6] for height in step) <= 4
+    bad = World(lambda _: hostile, prompt=100).run(RaggedPolicy(8), 100)
+    assert sum(height > 0 for step in bad.heights for height in step) <= 12
+
+
+def test_bimodal_requests() -> None:
+    """Code accepts, prose does not: each request is treated as it deserves."""
+
+    def kinds(request: int) -> Kind:
+        return honest(0.85, 1.0) if request % 2 else honest(0.0, 0.2)
+
+    world = World(kinds, batch=1, length=150, prompt=40)
+    result = world.run(RaggedPolicy(8), 4000)
+    assert result.rate >= 1.08 * best_constant(world, 4000)[0]
+    together = World(kinds, batch=4, length=300, machine=Machine(target=gpu, draft=2.0))
+    policy = RaggedPolicy(8, draft_share=0.1)
+    run = together.run(policy, 600)
+    assert run.rate >= best_constant(together, 600)[0]
+    ragged = [step for step in run.heights[100:] if max(step) >= min(step) + 3]
+    assert len(ragged) > 100
+
+
+def test_drift() -> None:
+    """Acceptance falls from 0.95 to 0.05 and comes back."""
+
+    def kind(source: random.Random, position: int) -> Token:
+        return 0.05 + 0.9 * abs(1.0 - (position % 4000) / 2000), 0.7
+
+    world = World(lambda _: kind, length=12000)
+    result = world.run(RaggedPolicy(8), 3000)
+    assert result.rate >= 0.98 * best_constant(world, 3000)[0]
+
+
+def test_a_draft_that_becomes_good_is_found() -> None:
+    def kind(source: random.Random, position: int) -> Token:
+        return (0.01 if position < 600 else 0.92), 0.7
+
+    result = World(lambda _: kind, length=20000).run(RaggedPolicy(8), 2500)
+    assert result.mean(300, 590) < 0.1
+    assert result.mean(-300) > 3.0
+
+
+# -- the policy: never slower ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [random_draft, hostile, constant(0.15, 0.6)], ids=["random", "hostile", "weak"]
+)
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_bad_draft_costs_next_to_nothing(kind: Kind, batch: int) -> None:
+    world = World(lambda _: kind, batch, length=200, prompt=60, machine=Machine(draft=7.0))
+    steps = 2000 if batch == 1 else 1000
+    result = world.run(RaggedPolicy(8, draft_share=0.35), steps)
+    assert result.rate >= 0.98 * world.run(0, steps).rate
+    if batch == 1:
+        assert result.reasons[WEAK_DRAFT] > 0.9 * steps
+
+
+def test_a_draft_as_slow_as_the_target_costs_next_to_nothing() -> None:
+    """Always right, and no use; also if nobody said that it is slow."""
+    machine = Machine(draft=20.0, per_token=0.7)
+    for share, least in ((1.0, 0.995), (0.25, 0.98)):
+        world = World(lambda _: constant(1.0), batch=4, machine=machine, length=300)
+        result = world.run(RaggedPolicy(8, draft_share=share), 1000)
+        assert result.rate >= least * world.run(0, 1000).rate
+
+
+def test_an_adversary_gains_little() -> None:
+    """Drafts that are kept in probes and refused as soon as they are relied on."""
+    world = World(lambda _: constant(1.0, 0.99), machine=Machine(draft=7.0), length=20000)
+    result = world.run(RaggedPolicy(8), 4000, adversary=True)
+    assert result.rate >= 0.97 / cpu(1)
+
+
+def test_probes_become_rare() -> None:
+    result = World(lambda _: random_draft, length=20000).run(RaggedPolicy(8), 4000)
+    late = [step for step in result.probes if step > 2000]
+    assert 1 <= len(late) <= 8
+
+
+def test_cost_spikes() -> None:
+    """Every twentieth measurement is ten times too high."""
+    world = World(lambda _: constant(0.8), machine=Machine(spikes=0.05))
+    best, _ = best_constant(world, 2000)
+    assert world.run(RaggedPolicy(8), 2000).rate >= 0.93 * best
+
+
+def test_first_time_compilation() -> None:
+    """Each new shape takes seconds once: no verdict on the draft, or on the shape."""
+    world = World(lambda _: constant(0.85), machine=Machine(compile_ms=3000.0))
+    best, _ = best_constant(world, 1000)
+    assert world.run(RaggedPolicy(8), 1000).rate >= 0.9 * best
+
+
+def test_a_machine_that_gets_slower() -> None:
+    """Rows become dear: the policy comes down by itself."""
+    dear = [False]
+    machine = Machine(target=lambda rows: 20.0 + 12.0 * (rows - 1) if dear[0] else cpu(rows))
+    world = World(lambda _: constant(0.6), machine=machine, length=20000)
+    policy = RaggedPolicy(8)
+    assert world.run(policy, 500).mean(100) > 1.5
+    dear[0] = True
+    world.run(policy, 300)
+    assert world.run(policy, 300).mean(0) < 0.3
+
+
+def test_load_shrinks_heights() -> None:
+    """As the batch grows rows stop being free."""
+    means, policy, kind = [], RaggedPolicy(8, draft_share=0.1), honest(0.5, 0.9)
+    for batch in (1, 4, 16, 48):
+        world = World(lambda _: kind, batch, machine=Machine(draft=2.0), length=100000)
+        result = world.run(policy, 250)
+        means.append(result.mean(100))
+        policy.forget(range(1000))
+    assert means[0] > means[1] > means[2] >= means[3]
+    assert means[0] > 3.0
+    assert means[3] < 0.1
+    assert result.reasons[LOAD] > 0.8 * 48 * 150
+
+
+# -- the policy: holes -------------------------------------------------------------------
+
+
+def taught(target: Callable[[int], float] = cpu, confidence: bool = True) -> RaggedPolicy:
+    """A policy that knows a good draft on a steady machine, and what filling costs."""
+    policy, machine = RaggedPolicy(8, use_confidence=confidence), Machine(target, noise=0.0)
+    World(lambda _: GOOD, length=100, prompt=50, machine=machine).run(policy, 400)
+    return policy
+
+
+def decide(policy: RaggedPolicy, **columns: Sequence[int]) -> Plan:
+    """A plan for requests that nothing is known of."""
+    count = len(columns["rooms"])
+    for _ in range(5):
+        plan = policy.plan(range(10**6, 10**6 + count), **columns)  # type: ignore[arg-type]
+        if MEASURING not in plan.reasons:
+            return plan
+        policy.observe(range(10**6, 10**6 + count), [0] * count, [0] * count, cpu(count))
+    return plan
+
+
+def test_a_hole_must_pay_back() -> None:
+    assert decide(taught(), rooms=[8], holes=[600], remaining=[2000]).active == [0]
+    late = decide(taught(), rooms=[8], holes=[600], remaining=[10])
+    assert late.active == []
+    assert late.reasons == [CATCHING_UP]
+    assert decide(taught(), rooms=[8], holes=[0], remaining=[10]).active == [0]
+
+
+def test_a_hole_keeps_out_its_own_request_only() -> None:
+    plan = decide(taught(), rooms=[8] * 4, holes=[0, 0, 5000, 0], remaining=[30] * 4)
+    assert plan.active == [0, 1, 3]
+    assert plan.reasons == [None, None, CATCHING_UP, None]
+    assert plan.filled == 0
+
+
+def test_many_holes_pay_together() -> None:
+    """A pass that one request alone could not pay: decided for all, not one by one."""
+    plan = decide(taught(), rooms=[8] * 4, holes=[40] * 4, remaining=[500] * 4)
+    assert plan.active == [0, 1, 2, 3]
+    assert plan.filled == 160
+
+
+def test_an_unpaid_hole_is_a_loss() -> None:
+    policy = taught()
+    before = policy.account.balance
+    plan = decide(policy, rooms=[8], holes=[300], remaining=[2000])
+    while plan.active:
+        policy.proceed(plan, [0.9] * len(plan.active))
+    policy.drafted(plan, 49.0, 4.0)
+    policy.observe(plan.keys, policy.settle(plan), [0], cpu(2))
+    policy.forget(plan.keys)
+    assert policy.account.balance < before - 1.5
+
+
+# -- the policy: the rest ----------------------------------------------------------------
+
+
+def test_reasons_of_the_caller_stand() -> None:
+    policy = taught()
+    plan = policy.plan(["a", "b", "c"], [0, 0, 0], reasons=["grammar", None, "opt_out"])
+    assert plan.reasons == ["grammar", LIMIT, "opt_out"]
+    assert plan.active == []
+    assert plan.heights == [0, 0, 0]
+
+
+def test_rooms_are_kept() -> None:
+    for confidence in (True, False):
+        policy = taught(confidence=confidence)
+        for _ in range(40):
+            plan = policy.plan(["a", "b", "c", "d"], [1, 8, 0, 2], [0, 0, 0, 0])
+            sure = [0.99] * 4 if confidence else None
+            while plan.active:
+                policy.proceed(plan, sure and sure[: len(plan.active)])
+            heights = policy.settle(plan)
+            assert all(h <= room for h, room in zip(heights, [1, 8, 0, 2], strict=True))
+            assert max(heights, default=0) == len(plan.passes)
+            policy.observe("abcd", heights, heights, cpu(4 + sum(heights)))
+
+
+def test_requests_leave_when_their_next_token_is_not_worth_it() -> None:
+    policy = taught(lambda rows: 20.0 + 0.4 * rows)
+    plan = decide(policy, rooms=[8] * 3)
+    assert plan.active == [0, 1, 2]
+    assert policy.proceed(plan, [0.99, 0.02, 0.99]) == [0, 2]
+    assert plan.active == [0, 2]
+    assert policy.proceed(plan, [0.99, 0.99]) == [0, 1]
+    plan.drop(2)
+    assert plan.active == [0]
+    assert policy.proceed(plan, [0.02]) == []
+    assert policy.settle(plan) == [3, 1, 2]
+    assert plan.passes == [3, 2, 1]
+
+
+def test_a_pass_that_takes_far_too_long_is_the_last() -> None:
+    plan = decide(policy := taught(), rooms=[8])
+    assert policy.proceed(plan, [0.999], elapsed_ms=4.0) == [0]
+    assert policy.proceed(plan, [0.999], elapsed_ms=400.0) == []
+
+
+def test_trimming_leaves_out_what_is_not_worth_its_row() -> None:
+    """Under load a drafted token may turn out not to be worth verifying."""
+    policy = RaggedPolicy(4, draft_share=0.02)
+    machine = Machine(target=lambda rows: 10.0 + 0.5 * rows, draft=0.3, speculating=0.0)
+    World(lambda _: GOOD, batch=8, machine=machine, length=300).run(policy, 400)
+    plan = policy.plan(range(900, 908), [1] * 8)
+    assert plan.active == list(range(8))
+    policy.proceed(plan, [0.99] * 4 + [0.05] * 4)
+    assert policy.settle(plan) == [1] * 8
+    assert policy.settle(plan, may_trim=True) == [1] * 4 + [0] * 4
+
+
+def test_plain_steps_are_measured_now_and_then() -> None:
+    """While speculation pays, the price of not speculating is not forgotten."""
+    result = World(lambda _: GOOD, length=20000).run(RaggedPolicy(8), 1200)
+    plain = [index for index, step in enumerate(result.heights[10:]) if step == [0]]
+    assert 2 <= len(plain) <= 12
+
+
+def test_same_calls_same_decisions() -> None:
+    def run() -> list[list[int]]:
+        world = World(lambda n: GOOD if n % 3 else hostile, batch=6, length=80, prompt=30)
+        return world.run(RaggedPolicy(8), 400).heights
+
+    assert run() == run()
+
+
+def test_figures() -> None:
+    policy = RaggedPolicy(8)
+    assert policy.gain == 1.0
+    world = World(lambda _: constant(0.9), length=20000)
+    result = world.run(policy, 800)
+    assert policy.mean_height == pytest.approx(result.mean(-100), rel=0.25)
+    assert policy.gain == pytest.approx(result.rate * cpu(1), rel=0.1)
+
+
+def test_nothing_is_kept_of_requests_that_ended() -> None:
+    policy = RaggedPolicy(8)
+    World(lambda _: GOOD, batch=4, length=60, prompt=20).run(policy, 600)
+    assert len(policy._live) <= 4
+    assert len(policy.gains._requests) <= 4
+
+
+def test_interface() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        RaggedPolicy(0)
+    policy = RaggedPolicy(3)
+    policy.observe([], [], [], 300.0, 500)  # only a prompt was read
+    plan = policy.plan([], [])
+    assert (plan.heights, plan.active, plan.reasons) == ([], [], [])
+    for _ in range(6):  # nothing is ever timed: plain steps, and no error
+        plan = policy.plan(["a"], [3])
+        assert plan.reasons == [MEASURING]
+        policy.observe(["a"], [0], [0])

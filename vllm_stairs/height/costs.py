@@ -1,0 +1,385 @@
+r"""What a step costs, measured: the target's pass, the draft's passes, filling holes.
+
+A machine gets slower and faster as a whole (other load, clock, longer texts) far more often
+than the price of a row changes relative to that of a pass. So every cost is a product
+:math:`L\,s(n)`: the *level* L, milliseconds, follows every step; the *shape* s(n), relative and
+by size, is learned slowly and stays valid for sizes that were not visited for long.
+
+Both are running medians, L over fewer steps than s. A size's first sample is what was *predicted*
+for it: one dear step (a first-time compilation) is never believed, two are. Where nothing was
+measured the prediction is optimistic, so that it gets tried and thereby corrected.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+from math import log2
+
+_NEWS = 1.15
+"""By how much a plain step may differ from what was expected."""
+_LEVEL_WINDOW = 15
+_MANY_ROWS = 64
+_EXACT = 16
+"""Sizes up to here have a bucket each, larger ones share eight to the octave."""
+
+
+def bucket(size: int) -> int:
+    """The bucket of a size: sizes in one bucket differ by at most a ninth."""
+    return size if size <= _EXACT else _EXACT + int(8 * log2(size / _EXACT))
+
+
+class Median:
+    """Lower median of the last ``window`` values (of two the smaller)."""
+
+    __slots__ = ("_order", "_sorted", "value")
+
+    def __init__(self, window: int) -> None:
+        self._order: deque[float] = deque(maxlen=window)
+        self._sorted: list[float] = []
+        self.value = 0.0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(self, value: float) -> None:
+        """Remember ``value``, forget the oldest one beyond the window."""
+        order, ranked = self._order, self._sorted
+        if len(order) == order.maxlen:
+            del ranked[bisect_left(ranked, order[0])]
+        order.append(value)
+        insort(ranked, value)
+        self.value = ranked[(len(ranked) - 1) // 2]
+
+
+class _Sizes:
+    """Relative costs by size: per bucket its mean size and the median of its samples."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._buckets: dict[int, tuple[Median, list[float]]] = {}
+        self.samples = 0
+
+    def count(self, size: int) -> int:
+        """Samples in the bucket of ``size``, without the predicted one."""
+        found = self._buckets.get(bucket(size))
+        return len(found[0]) - 1 if found else 0
+
+    def add(self, size: int, value: float, predicted: float) -> None:
+        """Record a sample; ``predicted`` is what would have been expected."""
+        found = self._buckets.get(bucket(size))
+        if found is None:
+            found = self._buckets[bucket(size)] = (Median(self._window), [float(size)])
+            found[0].add(predicted)
+        found[0].add(value)
+        found[1][0] += (size - found[1][0]) / 8
+        self.samples += 1
+
+    def sizes(self) -> list[float]:
+        """The mean size of each bucket."""
+        return [place[0] for _, place in self._buckets.values()]
+
+    def points(self) -> list[tuple[float, float, float]]:
+        """Size, relative cost, weight; by size."""
+        return [
+            (place[0], median.value, float(len(median)))
+            for _, (median, place) in sorted(self._buckets.items())
+        ]
+
+
+class Line:
+    """A non-decreasing, piecewise linear function through weighted points.
+
+    More rows cannot cost less: adjacent points that say otherwise are pooled. Beyond the last
+    point it goes on with the slope of the upper part, at most proportionally to the size; before
+    the first one with the prior slope.
+
+    Args:
+        points: size, value, weight; sizes increasing, at least one.
+        slope: assumed increase per unit of size, relative to the value, where one point is all.
+    """
+
+    __slots__ = ("_left", "_right", "xs", "ys")
+
+    def __init__(self, points: Sequence[tuple[float, float, float]], slope: float) -> None:
+        blocks: list[tuple[float, float, int]] = []  # mean, weight, how many points
+        for _, value, weight in points:
+            mean, total, many = value, weight, 1
+            while blocks and blocks[-1][0] > mean:
+                left, m, n = blocks.pop()
+                mean, total, many = (left * m + mean * total) / (m + total), m + total, many + n
+            blocks.append((mean, total, many))
+        self.xs = xs = [x for x, _, _ in points]
+        self.ys = ys = [mean for mean, _, many in blocks for _ in range(many)]
+        self._left = slope * ys[0]
+        last, top = xs[-1], ys[-1]
+        below = bisect_right(xs, 0.6 * last) - 1
+        grown = (top - ys[below]) / (last - xs[below]) if below >= 0 else slope * top
+        self._right = min(grown, top / max(last, 1.0))
+
+    def __call__(self, size: float) -> float:
+        """The value at ``size``."""
+        xs, ys = self.xs, self.ys
+        right = bisect_left(xs, size)
+        if right == len(xs):
+            return ys[-1] + self._right * (size - xs[-1])
+        if right == 0:
+            return max(ys[0] - self._left * (xs[0] - size), 0.5 * ys[0])
+        x, y = xs[right - 1], ys[right - 1]
+        return y + (ys[right] - y) * (size - x) / (xs[right] - x)
+
+    def table(self, first: int, count: int) -> list[float]:
+        """Values at ``first``, ``first + 1``, ... (``count`` of them)."""
+        values: list[float] = []
+        end, at = first + count, first
+        for (x0, y0), (x1, y1) in pairwise(zip(self.xs, self.ys, strict=True)):
+            if x1 <= at:
+                continue
+            if x0 > at:
+                break
+            stop = min(end, int(x1) + 1)
+            step = (y1 - y0) / (x1 - x0)
+            values += [y0 + step * (size - x0) for size in range(at, stop)]
+            at = stop
+            if at >= end:
+                return values
+        return values + [self(size) for size in range(at, end)]
+
+
+class TargetCost:
+    """Milliseconds of a step without its drafting, by rows, plain and speculating.
+
+    The two have a curve each, for a step with drafts takes other paths (a rejection sampler,
+    attention over several query tokens) before its additional rows cost anything. Where one is
+    not measured the other stands in; a speculating step is never taken to be cheaper than a
+    plain one of as many rows.
+
+    Args:
+        window: length of the medians of the shapes.
+        slope: assumed cost of one more row, relative to a pass, until prompts have been read.
+    """
+
+    def __init__(self, window: int = 31, slope: float = 0.02) -> None:
+        self._prior_slope = slope
+        self._per_row = Median(9)
+        # Plain steps may be few: their median has to turn with fewer.
+        self._plain = _Sizes((window + 1) // 2)
+        self._speculating = _Sizes(window)
+        self._level = Median(_LEVEL_WINDOW)
+        self._anchor = 0
+        # Whether the last plain step took another time than was expected.
+        self.surprised = False
+        # Milliseconds of a plain step of one row.
+        self.unit = 0.0
+        self._plain_line = self._speculating_line = Line([(1.0, 1.0, 1.0)], slope)
+        self._stale = 0
+        self._tables: dict[int, list[float]] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return bool(len(self._level))
+
+    @property
+    def samples(self) -> int:
+        """Steps measured."""
+        return self._plain.samples + self._speculating.samples
+
+    @property
+    def level(self) -> float:
+        """Milliseconds of what the relative costs are relative to."""
+        return self._level.value
+
+    @property
+    def slope(self) -> float:
+        """Assumed cost of one more row beyond those measured, relative to a pass."""
+        if self._per_row and self._level:
+            return self._per_row.value / self._level.value
+        return self._prior_slope
+
+    def knows_plain(self, rows: int) -> bool:
+        """Whether plain steps of about so many rows were measured; two, if nothing else was."""
+        if self.samples < 2:
+            return False
+        if rows <= 2:
+            return self._plain.count(rows) > 0
+        return any(0.8 * rows <= size <= 1.25 * rows for size in self._plain.sizes())
+
+    def add(self, rows: int, ms: float, speculating: bool) -> None:
+        """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
+        if not self._level:
+            self._anchor = rows
+            self._plain_line = self._speculating_line = Line([(rows, 1.0, 1.0)], self.slope)
+        sizes = self._speculating if speculating else self._plain
+        expected = self.relative(rows, speculating)
+        if not speculating:
+            usual = expected * self._level.value if self._level else ms
+            self.surprised = not usual < _NEWS * ms < _NEWS * _NEWS * usual
+        if sizes.count(rows) >= 2 or (rows == self._anchor and not speculating) or not self._level:
+            self._level.add(ms / expected)
+        sizes.add(rows, ms / self._level.value, expected)
+        self._stale += 1
+        self.unit = self(1)
+        # Medians move little once there are many samples: the lines need not follow each.
+        if self._stale >= 4 or self.samples < 64:
+            self._draw()
+
+    def add_prompt(self, rows: int, ms: float) -> None:
+        """Record a step that read prompts: ``rows`` tokens in all.
+
+        Among hundreds of rows the pass itself is paid many times over, so what remains per row is
+        about what one more row costs at the most.
+        """
+        if rows >= _MANY_ROWS:
+            self._per_row.add(max(ms - self._level.value, 0.0) / rows)
+
+    def _draw(self) -> None:
+        self._stale = 0
+        self._tables.clear()
+        self._redraw()
+        self.unit = self(1)
+
+    def _redraw(self) -> None:
+        plain, speculating = self._plain.points(), self._speculating.points()
+        if not plain:
+            self._plain_line = self._speculating_line = Line(speculating, self.slope)
+            return
+        own = Line(plain, self.slope)
+        if not speculating:
+            self._plain_line = self._speculating_line = own
+            return
+        first, last = speculating[0][0], plain[-1][0]
+        floored = [
+            (size, max(value, own(size)) if size <= last else value, weight)
+            for size, value, weight in speculating
+        ]
+        below = [point for point in plain if point[0] < first]
+        beyond = [point for point in floored if point[0] > last]
+        self._plain_line = Line([*plain, *beyond], self.slope)
+        self._speculating_line = Line([*below, *floored], self.slope)
+
+    def relative(self, rows: int, speculating: bool) -> float:
+        """The cost of a step in units of :attr:`level`."""
+        return (self._speculating_line if speculating else self._plain_line)(rows)
+
+    def table(self, rows: int, count: int) -> list[float]:
+        """Relative costs of speculating steps of ``rows``, ``rows + 1``, ... rows (or more)."""
+        known = self._tables.get(rows)
+        if known is None or len(known) < count:
+            known = self._tables[rows] = self._speculating_line.table(rows, count)
+        return known
+
+    def __call__(self, rows: int, speculating: bool = False) -> float:
+        """Milliseconds of a step."""
+        return self.level * self.relative(rows, speculating)
+
+
+class DraftCost:
+    """Milliseconds of the draft's passes by requests in them, and of reading missing text.
+
+    The first pass of a step carries what is fixed (deciding, metadata, transfers) and has a
+    curve of its own.
+
+    Args:
+        share: assumed cost of a draft pass as a share of a plain step, until it is measured.
+        window: length of the medians of the shapes.
+
+    Attributes:
+        row_share: assumed cost of reading one more token, relative to a pass, until measured.
+    """
+
+    def __init__(self, share: float, window: int = 31) -> None:
+        self._share = share
+        self.row_share = 0.02
+        self._first = _Sizes(window)
+        self._next = _Sizes(window)
+        self._level = Median(_LEVEL_WINDOW)
+        self._first_line = self._next_line = Line([(1.0, 1.0, 1.0)], 0.01)
+        self._per_token = Median(9)
+        self._stale = 0
+
+    def scale(self, plain_ms: float) -> float:
+        """Milliseconds that the relative costs are relative to."""
+        return self._level.value if self._level else self._share * plain_ms
+
+    def first(self, requests: int, plain_ms: float) -> float:
+        """Milliseconds of the first pass; ``plain_ms``: a plain step of one row."""
+        return self.scale(plain_ms) * self._first_line(requests)
+
+    def next(self, requests: float, plain_ms: float) -> float:
+        """Milliseconds of each further pass."""
+        return self.scale(plain_ms) * self._next_line(requests)
+
+    def fill(self, tokens: int, plain_ms: float, sure: bool = True) -> float:
+        """Milliseconds of reading ``tokens`` tokens of missing text beside a first pass.
+
+        Where ``sure`` is False and none was measured, twice what would be expected.
+        """
+        factor = 1.0 if sure or self._per_token else 2.0
+        return factor * self._filling(plain_ms) * tokens
+
+    def _filling(self, plain_ms: float) -> float:
+        """Milliseconds per token: as measured, else what a row costs the target, scaled down."""
+        if self._per_token:
+            return self._per_token.value
+        return self.row_share * self.scale(plain_ms)
+
+    def add(
+        self,
+        requests: int,
+        later: int,
+        filled: int,
+        plain_ms: float,
+        first_ms: float,
+        next_ms: float | None,
+        later_requests: float = 1.0,
+    ) -> None:
+        """Record the drafting of a step.
+
+        Args:
+            requests: in the first pass.
+            later: how many passes followed the first one.
+            filled: tokens of missing text that the first pass read beside the usual.
+            plain_ms: milliseconds of a plain step of one row.
+            first_ms: until the first tokens were there; of all passes if ``next_ms`` is None.
+            next_ms: milliseconds of these together.
+            later_requests: mean number of requests in these.
+        """
+        if next_ms is None:
+            # One figure for all: what the first pass is known to cost more stays with it.
+            usual = self.first(requests, plain_ms), self.next(later_requests, plain_ms)
+            share = usual[0] / (usual[0] + later * usual[1])
+            missing = self.fill(filled, plain_ms)
+            next_ms = (1.0 - share) * max(first_ms - missing, 0.0)
+            first_ms -= next_ms
+        if not self._level:
+            self._level.add(self._share * plain_ms)
+        if filled:
+            extra = first_ms - self.first(requests, plain_ms)
+            if filled >= 8:
+                if not self._per_token:
+                    self._per_token.add(self._filling(plain_ms))
+                self._per_token.add(max(extra, 0.0) / filled)
+        known = not later or self._next.count(round(later_requests)) >= 2
+        if known and not filled and self._first.count(requests) >= 2:
+            expected = self._first_line(requests) + later * self._next_line(later_requests)
+            self._level.add((first_ms + next_ms) / expected)
+        if not filled:
+            self._sample(self._first, requests, first_ms, self._first_line(requests))
+        if later:
+            expected = self._next_line(later_requests)
+            self._sample(self._next, round(later_requests), next_ms / later, expected)
+        if self._stale >= 4 or self._first.samples + self._next.samples < 64:
+            self._draw()
+
+    def _sample(self, sizes: _Sizes, requests: int, ms: float, expected: float) -> None:
+        sizes.add(requests, ms / self._level.value, expected)
+        self._stale += 1
+
+    def _draw(self) -> None:
+        self._stale = 0
+        first, further = self._first.points(), self._next.points()
+        if not first and not further:
+            return
+        self._next_line = Line(further or first, 0.01)
+        self._first_line = Line(first or further, 0.01)

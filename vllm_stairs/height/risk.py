@@ -1,0 +1,129 @@
+"""What may be lost: probes while speculation is off, and speculation that does not pay.
+
+Both are kept in *plain steps*: the time of one step without drafts at the batch size of the
+moment. Together they bound what a draft can cost, whatever it does and however wrong the
+estimates are (see ``docs/height-policy.md``).
+"""
+
+_FIRST_WAIT = 16
+_LONGEST_WAIT = 1024
+_STRANGE_WAIT = 512
+_USELESS_WAIT = 4096
+_BURST = 8
+_FIRST_PAUSE = 64
+_LONGEST_PAUSE = 4096
+_PAUSE_PER_LOSS = 32
+
+
+class Prober:
+    """When to draft although it is not expected to pay, to learn whether that has changed.
+
+    Probes wait 16 steps, then twice as long after each that fails; they follow each other while
+    they succeed. They are paid from a credit that grows by ``share`` of a step in each step.
+
+    Args:
+        credit: plain steps that may be spent from the beginning; twice that is the most that is
+            saved up.
+        share: the share of time that probes may cost in the long run.
+    """
+
+    def __init__(self, credit: float, share: float) -> None:
+        self.credit = credit
+        self._most = 2.0 * credit
+        self._share = share
+        self._wait, self._idle, self._burst = _FIRST_WAIT, 0, 0
+
+    def tick(self, off: bool) -> None:
+        """A step begins, with speculation off or on."""
+        self.credit = min(self.credit + self._share, self._most)
+        self._idle = self._idle + 1 if off else 0
+
+    def due(self, known: bool, useful: bool = True) -> bool:
+        """Whether enough steps have passed for a probe.
+
+        Args:
+            known: whether the draft has ever run.
+            useful: whether a better draft would pay. Else the costs that say so are looked at
+                again after a long time: they may be stale.
+        """
+        wait = self._wait if known else _STRANGE_WAIT
+        return self._idle > (wait if useful else _USELESS_WAIT)
+
+    def affords(self, cost: float) -> bool:
+        """Whether a probe of this expected cost (plain steps) can be paid.
+
+        What costs more than can be saved up is allowed on a full purse, which it overdraws.
+        """
+        return self.credit >= min(cost, self._most)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the next probe is the first after a wait."""
+        return self._wait > 0 and self._burst == 0
+
+    def made(self, won: float, promising: bool) -> None:
+        """A probe has been verified.
+
+        Args:
+            won: plain steps that it brought beyond its cost; negative where it cost.
+            promising: whether another one should follow at once.
+        """
+        self.credit = min(self.credit + won, self._most)
+        self._burst += 1
+        if promising and self._burst < _BURST:
+            self._idle = self._wait
+            return
+        self._burst = self._idle = 0
+        self._wait = min(max(2 * self._wait, _FIRST_WAIT), _LONGEST_WAIT)
+
+    def reset(self) -> None:
+        """Speculation pays: should it stop to pay, the first probe is soon again."""
+        self._wait, self._burst = _FIRST_WAIT, 0
+
+
+class Account:
+    """What speculation has won and lost; overdrawn, it pauses.
+
+    Pauses double until what was lost beyond the allowance has been won back.
+
+    Args:
+        allowance: plain steps that may be lost before the first pause.
+    """
+
+    def __init__(self, allowance: float) -> None:
+        self.balance = self._full = allowance
+        self._owed = 0.0
+        self._pause = _FIRST_PAUSE
+        self._left = 0
+
+    @property
+    def blocked(self) -> bool:
+        """Whether speculation has to pause."""
+        return self._left > 0
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing was lost of late."""
+        return self.balance >= self._full
+
+    def tick(self) -> None:
+        """A step begins. After a pause half the allowance is lent."""
+        if self._left:
+            self._left -= 1
+            lent = 0.5 * self._full - self.balance
+            if not self._left and lent > 0.0:
+                self.balance += lent
+                self._owed += lent
+
+    def book(self, won: float) -> None:
+        """Record a step: plain steps won against plain decoding; negative: lost."""
+        self.balance += won
+        if self.balance >= self._full:
+            self._owed -= self.balance - self._full
+            self.balance = self._full
+            if self._owed <= 0.0:
+                self._owed = 0.0
+                self._pause = _FIRST_PAUSE
+        elif self.balance < 0.0 and not self._left:
+            self._left = max(self._pause, int(-_PAUSE_PER_LOSS * self.balance))
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)

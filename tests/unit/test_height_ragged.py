@@ -589,11 +589,11 @@ def test_winning_back_ends_long_pauses() -> None:
 def test_regret_against_the_best_constant_height(
     rate: float, draft_ms: float, confidence: bool
 ) -> None:
-    """In 2,000 steps at most 5 % behind the best constant in hindsight."""
+    """In 2,000 steps at most 4 % behind the best constant in hindsight."""
     world = World(lambda _: constant(rate), machine=Machine(draft=draft_ms))
     policy = RaggedPolicy(8, use_confidence=confidence)
     best, _ = best_constant(world, 2000)
-    assert world.run(policy, 2000).rate >= 0.95 * best
+    assert world.run(policy, 2000).rate >= 0.96 * best
 
 
 @pytest.mark.parametrize("target", [cpu, gpu])
@@ -601,7 +601,7 @@ def test_regret_against_the_best_constant_height(
 def test_regret_in_batches(target: Callable[[int], float], batch: int) -> None:
     world = World(lambda _: GOOD, batch, machine=Machine(target, draft=3.0), length=400)
     best, _ = best_constant(world, 400)
-    assert world.run(RaggedPolicy(8, draft_share=0.15), 400).rate >= 0.95 * best
+    assert world.run(RaggedPolicy(8, draft_share=0.15), 400).rate >= 0.96 * best
 
 
 def test_heights_fit_the_position() -> None:
@@ -684,7 +684,7 @@ def test_a_bad_draft_costs_next_to_nothing(kind: Kind, batch: int) -> None:
     world = World(lambda _: kind, batch, length=200, prompt=60, machine=Machine(draft=7.0))
     steps = 2000 if batch == 1 else 1000
     result = world.run(RaggedPolicy(8, draft_share=0.35), steps)
-    assert result.rate >= 0.98 * world.run(0, steps).rate
+    assert result.rate >= 0.985 * world.run(0, steps).rate
     if batch == 1:
         assert result.reasons[WEAK_DRAFT] > 0.9 * steps
 
@@ -792,6 +792,17 @@ def test_many_holes_pay_together() -> None:
     plan = decide(taught(), rooms=[8] * 4, holes=[40] * 4, remaining=[500] * 4)
     assert plan.active == [0, 1, 2, 3]
     assert plan.filled == 160
+
+
+def test_little_is_staked_before_anything_was_won() -> None:
+    """Sixteen long prompts at once: a few of them, unless speculation has paid for more."""
+    columns = {"rooms": [8] * 16, "holes": [200] * 16, "remaining": [2000] * 16}
+    rich, poor = taught(gpu), taught(gpu)
+    poor.account = Account(8.0)
+    assert decide(rich, **columns).filled == 16 * 200
+    filled = decide(poor, **columns).filled
+    assert 0 < poor.draft.fill(filled, gpu(1)) <= 17.0 * gpu(16)
+    assert filled < 16 * 200
 
 
 def test_an_unpaid_hole_is_a_loss() -> None:

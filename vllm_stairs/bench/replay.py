@@ -89,7 +89,8 @@ class _Lane:
     def seen(self, wanted: int) -> list[float]:
         """The draft's probabilities of its next tokens: ``wanted`` of them, or as far as known."""
         run = self.runs[self.position]
-        seen = self.trace.probability[self.position : self.position + min(wanted, run + 1)].tolist()
+        known = self.trace.probability[self.position : self.position + min(wanted, run + 1)]
+        seen: list[float] = known.tolist()
         if wanted > run:
             seen += self.trace.tails.get(self.position + run, ())
         return seen[:wanted]

@@ -152,20 +152,17 @@ class StairsProposer(DraftModelProposer):
         Taken from the checkpoint's headers where it is a local folder: on CPU vLLM repacks linear
         layers out of ``parameters()``.
         """
-        files = [
-            file
-            for file in Path(self.draft_model_config.model).glob("*.safetensors")
-            if file.name != FREQUENCIES_FILE
-        ]
-        if not files:
+        weights = _checkpoint_size(self.draft_model_config.model)
+        if weights is None:
             return sum(p.numel() * p.element_size() for p in self.model.parameters())
-        total = 0
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    total += math.prod(tensors.get_slice(name).get_shape())
         ranks = self.speculative_config.draft_parallel_config.tensor_parallel_size
-        return total * self.dtype.itemsize // ranks
+        return weights * self.dtype.itemsize // ranks
+
+    def weights_share(self) -> float | None:
+        """The draft's weights as a share of the target's; None where it cannot be told."""
+        draft = _checkpoint_size(self.draft_model_config.model)
+        target = _checkpoint_size(self.vllm_config.model_config.model)
+        return draft / target if draft and target else None
 
     @torch.inference_mode()
     def draft(
@@ -488,3 +485,14 @@ class StairsProposer(DraftModelProposer):
                 else:
                     probabilities[who[:, None], height, self.kept_ids] = probs
         return Drafts(token_ids, probabilities, confidences)
+
+
+def _checkpoint_size(model: str) -> int | None:
+    """Weights of a model in a local folder, from its files' headers; None if it is elsewhere."""
+    total = 0
+    for file in Path(model).glob("*.safetensors"):
+        if file.name != FREQUENCIES_FILE:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    total += math.prod(tensors.get_slice(name).get_shape())
+    return total or None

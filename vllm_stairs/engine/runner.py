@@ -85,7 +85,9 @@ class StairsModelRunnerMixin:
         self._stairs_target_seconds = 0.0
         self.stairs_policy: RaggedPolicy | None = None
         if config.stairs.height == "auto":
-            self.stairs_policy = RaggedPolicy(config.num_speculative_tokens)
+            share = self.drafter.weights_share()
+            guess = {} if share is None else {"draft_share": min(share, 1.0)}
+            self.stairs_policy = RaggedPolicy(config.num_speculative_tokens, **guess)
         self._stairs_draft_seconds = 0.0
         self._stairs_step_start = 0.0
 

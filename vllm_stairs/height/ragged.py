@@ -367,11 +367,18 @@ class RaggedPolicy:
 
         Filling a hole costs once and serves to the request's end: it is charged in instalments,
         one per expected staircase. Chosen is the best of: all, those who bring their own
-        instalment at the rate that all would reach, those without a hole.
+        instalment at the rate that all would reach, those without a hole. What may be spent in a
+        step is limited, and goes to the smallest holes.
         """
         level, able = self.target.level, list(option.survivals)
-        for index in able:
+        left = self.account.stake * self.target(len(plan.keys))
+        for index in sorted(able, key=holes.__getitem__):
             if holes[index] > 0:
+                left -= self.draft.fill(holes[index], self.target.unit)
+                if left < 0.0:
+                    able.remove(index)
+                    plan.holes[index] = (holes[index], 0.0)
+                    continue
                 rest = self._typical_length
                 if remaining is not None:
                     rest = min(rest, float(remaining[index]))
@@ -380,6 +387,8 @@ class RaggedPolicy:
                 plan.holes[index] = (holes[index], instalment)
                 option.extra[index] = instalment / level
         option.rate = 0.0
+        if not able:
+            return
         option.choose(able)
         price = option.rate * (plan.rows[len(able)] - plan.rows[0]) / len(able)
         tallest = max(option.heights)
@@ -387,12 +396,12 @@ class RaggedPolicy:
             [
                 index
                 for index in able
-                if index not in plan.holes
+                if index not in option.extra
                 or sum(max(value - price, 0.0) for value in option.survivals[index][:tallest])
                 > option.rate * option.extra[index]
             ]
         )
-        option.choose([index for index in able if index not in plan.holes])
+        option.choose([index for index in able if index not in option.extra])
 
     def _go(self, plan: Plan, option: _Option, rooms: Sequence[int]) -> None:
         """Draft because it is expected to pay."""
@@ -647,7 +656,6 @@ class RaggedPolicy:
         batch, own_rows = len(keys), len(keys) + sum(heights)
         if target_ms is not None and rows is not None and rows > own_rows:
             self.target.add_prompt(rows, target_ms)
-            self.draft.row_share = self.target.slope
             target_ms = None
         if not batch:
             return
@@ -660,6 +668,7 @@ class RaggedPolicy:
             self.gains.learned()
         if target_ms is not None:
             self.target.add(own_rows, target_ms, own_rows > batch)
+            self.draft.row_share = self.target.slope
         self._mean_height += 0.02 * ((own_rows - batch) / batch - self._mean_height)
         if self.target.known:
             self._book(keys, heights, accepted, target_ms)

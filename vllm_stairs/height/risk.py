@@ -92,6 +92,8 @@ class Account:
 
     def __init__(self, allowance: float) -> None:
         self.balance = self._full = allowance
+        # Net wins of all time, never negative.
+        self._earned = 0.0
         self._owed = 0.0
         self._pause = _FIRST_PAUSE
         self._left = 0
@@ -100,6 +102,11 @@ class Account:
     def blocked(self) -> bool:
         """Whether speculation has to pause."""
         return self._left > 0
+
+    @property
+    def stake(self) -> float:
+        """What may be spent at once on what is to pay back later: of what was won, half."""
+        return 2.0 * max(self.balance, 0.0) + 0.5 * self._earned
 
     @property
     def full(self) -> bool:
@@ -118,6 +125,7 @@ class Account:
     def book(self, won: float) -> None:
         """Record a step: plain steps won against plain decoding; negative: lost."""
         self.balance += won
+        self._earned = max(self._earned + won, 0.0)
         if self.balance >= self._full:
             self._owed -= self.balance - self._full
             self.balance = self._full

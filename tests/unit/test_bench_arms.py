@@ -35,14 +35,14 @@ def test_ngram_needs_no_draft():
 
 
 def test_stairs_options_get_their_prefix_and_labels_can_be_given():
-    arm = arms.parse("tall@stairs:k=8,layout=expanded,stairs_x=true,spec.revision=main", "d")
+    arm = arms.parse("tall@stairs:k=8,layout=expanded,stairs_height=auto,spec.revision=main", "d")
     assert arm.label == "tall"
     assert arm.speculative_config == {
         "method": "stairs",
         "model": "d",
         "num_speculative_tokens": 8,
         "stairs_layout": "expanded",
-        "stairs_x": True,
+        "stairs_height": "auto",
         "revision": "main",
     }
     assert arm.height == 8
@@ -62,11 +62,35 @@ def test_an_arm_can_name_its_own_draft():
         ("stairs:k", "expected key=value"),
         ("draft_model:k=2,layout=packed", "unknown option 'layout'"),
         ("draft_model:k=2,table=a-b:c", "a table is written"),
+        ("draft_model:k=2,table=4-1:2", "a table starts at batch size 1.*4-1:2"),
+        ("draft_model:k=2,table=2-4:2", "a table starts at batch size 1"),
+        ("draft_model:k=2,table=1-4:2/3-8:1", "do not overlap.*3-8:1"),
+        ("draft_model:k=2,table=1-4:-2", "no height is negative"),
+        ("draft_model:k=2,k=3", "k is given twice"),
+        ("draft_model:k=2,spec.num_speculative_tokens=5", "set by the arm itself"),
+        ("stairs:layout=packed,stairs_layout=packed", "stairs_layout is empty, given twice"),
+        ("@plain", "the label before the @ is empty"),
+        (" @stairs:k=2", "the label before the @ is empty"),
+        ("ngram:k=2,max=2,min=3", r"min \(3\) is greater than max \(2\)"),
+        ("ngram:k=2,min=-1", "min must be a whole number"),
+        ("ngram:k=2,max=x", "max must be a whole number"),
+        ("stairs:k=65", "k must be at most 64"),
+        ("stairs:k=2,colour=red", "Unknown option 'stairs_colour'"),
+        ("stairs:k=2,layout=tall", "Option stairs_layout='tall'"),
+        ("stairs:k=2,spec.stairs_height=high", "Option stairs_height='high'"),
     ],
 )
 def test_bad_arms_get_one_line(text, message):
     with pytest.raises(BenchError, match=message):
         arms.parse(text, "d")
+
+
+def test_arms_at_the_edge_of_what_is_allowed_are_read():
+    assert arms.parse("stairs:k=64", "d").height == 64
+    config = arms.parse("ngram:max=1", None).speculative_config
+    assert (config["prompt_lookup_max"], config["prompt_lookup_min"]) == (1, 1)
+    table = arms.parse("draft_model:k=2,table=9-16:0/1:2", "d").speculative_config
+    assert table["num_speculative_tokens_per_batch_size"] == [[9, 16, 0], [1, 1, 2]]
 
 
 def test_a_draft_is_asked_for():

@@ -138,3 +138,18 @@ def test_question_ids_become_ids(tmp_path):
     path.write_text(json.dumps({"question_id": 7, "category": "qa", "turns": ["x", "y"]}) + "\n")
     (prompt,) = prompts.load(str(path))
     assert (prompt.id, prompt.group, prompt.turns) == ("7", "qa", ("x",))
+
+
+def test_two_prompts_of_one_id_are_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [{"question_id": name, "turns": ["a"]} for name in (7, 8, "7")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(BenchError, match=r"p\.jsonl:3: the question_id '7' is that of line 1 too"):
+        prompts.load(str(path))
+
+
+def test_a_number_given_to_a_prompt_without_an_id_may_not_be_another_ones(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"question_id": 2, "turns": ["a"]}) + '\n{"turns": ["b"]}')
+    with pytest.raises(BenchError, match="question_id '2' is that of line 1 too"):
+        prompts.load(str(path))

@@ -267,6 +267,115 @@ def test_bad_records_get_one_line(tmp_path, lines, message):
         record.load(path)
 
 
+SOUND = {
+    "request": "r", "position": 0, "draft": [1, 2], "probability": [0.5, 0.25], "emitted": [1, 3],
+    "rows": 3, "draft_ms": 2.0, "target_ms": 9.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"request": None}, "request must be"),
+        ({"position": "0"}, "position must be"),
+        ({"position": -1}, "position must be"),
+        ({"position": True}, "position must be"),
+        ({"draft": None}, "draft must be"),
+        ({"draft": {"1": 2}}, "draft must be"),
+        ({"draft": [1, "2"]}, "draft must be"),
+        ({"emitted": 1}, "emitted must be"),
+        ({"emitted": [1.5]}, "emitted must be"),
+        ({"probability": [0.5, "0.2"]}, "probability must be a list"),
+        ({"probability": [0.5, float("nan")]}, "probability must be a list"),
+        ({"probability": [0.5, 1.5]}, "probability must be between"),
+        ({"probability": [0.5, -0.1]}, "probability must be between"),
+        ({"emitted": [2, 3]}, "emitted is not the draft's beginning"),
+        ({"emitted": []}, "emitted is empty"),
+        ({"rows": "3"}, "rows must be"),
+        ({"rows": 0}, "rows must be"),
+        ({"target_ms": None}, "target_ms must be"),
+        ({"target_ms": "9"}, "target_ms must be"),
+        ({"target_ms": 0}, "target_ms must be"),
+        ({"target_ms": float("nan")}, "target_ms must be"),
+        ({"target_ms": 10**400}, "target_ms must be"),
+        ({"draft_ms": -1.0}, "draft_ms must be"),
+        ({"draft_ms": float("inf")}, "draft_ms must be"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, change, message):
+    path = tmp_path / "r.jsonl"
+    assert write(path, [SOUND]).height == 2
+    path.write_text("\n".join(map(json.dumps, [SOUND, {**SOUND, "position": 2, **change}])))
+    with pytest.raises(BenchError, match=rf"r\.jsonl:2: {message}"):
+        record.load(path)
+
+
+@pytest.mark.parametrize("content", [b"\x93NUMPY\xff\xfe", b"[" * 100_000])
+def test_what_is_no_record_at_all_gets_one_line(tmp_path, content):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(BenchError, match=r"r\.jsonl:1: not JSON"):
+        record.load(path)
+
+
+def test_a_few_slow_plain_steps_are_no_gain(tmp_path):
+    """A measured curve does not fall: plain is not slower than taller steps of the same record."""
+    lines = Pair(11, 300, 0.02).decode(8)
+    for line in lines:
+        # Noise: the few low steps, at the end of the text, met a busy machine.
+        line["target_ms"] = 60.0 if line["rows"] < 9 else 40.0
+        line["draft_ms"] = 0.5 * len(line["draft"])
+    found = write(tmp_path / "r.jsonl", lines)
+    model = found.measured
+    assert model.target_ms.values == sorted(model.target_ms.values)
+    assert 40 < model.target_ms(1) == model.target_ms(9) < 42
+    plain, (tall,) = replay.compare(found, [policies.Fixed(8)], model, 1)
+    assert tall.tokens_per_s < tall.acceptance_length * plain.tokens_per_s
+    assert "plain rests on 1 step at batch 1: record height-0 steps" in model.source
+
+
+def test_enough_plain_steps_need_no_note(tmp_path):
+    lines = Pair(12, 100, 0.3).decode(4) + [
+        {**SOUND, "request": "p", "position": n, "draft": [], "probability": [], "emitted": [5],
+         "rows": 1, "draft_ms": 0.0}
+        for n in range(8)
+    ]  # fmt: skip
+    assert "plain rests" not in write(tmp_path / "r.jsonl", lines).measured.source
+
+
+@given(
+    st.dictionaries(
+        st.integers(1, 99), st.tuples(st.floats(0.1, 1e3), st.integers(1, 50)), min_size=1
+    )
+)
+def test_measured_curves_are_monotone_and_keep_their_weighted_mean(points):
+    curve = costs.monotone(points)
+    assert list(curve) == sorted(points)
+    assert list(curve.values()) == sorted(curve.values())
+    total = sum(ms * weight for ms, weight in points.values())
+    assert sum(ms * points[size][1] for size, ms in curve.items()) == pytest.approx(total)
+    already = {size: (ms, 1) for size, ms in curve.items()}
+    assert costs.monotone(already) == curve
+
+
+def test_a_batch_that_the_record_cannot_fill_is_refused(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(3, 100, 0.5).decode(4))
+    with pytest.raises(BenchError, match="a batch of 2 needs as many requests, the record has 1"):
+        replay.replay(found, policies.Fixed(2), FLAT, batch=2)
+
+
+def test_extrapolation_is_noted(tmp_path):
+    found = write(tmp_path / "r.jsonl", Pair(3, 100, 0.5).decode(4))
+    model = CostModel(Curve({1: 1.0}), Curve({1: 10.0, 3: 11.0}), 0.0, "a machine")
+    low = replay.replay(found, policies.Fixed(2), model)
+    assert low.extrapolated == 0
+    assert model.source == "a machine"
+    tall = replay.replay(found, policies.Fixed(4), model)
+    assert tall.extrapolated > 0.9
+    assert model.source == "a machine; target extrapolated beyond 3 rows (up to 5)"
+    assert model.as_dict()["source"] == "a machine"
+
+
 def test_curves_interpolate_and_never_go_downhill_beyond_the_end():
     curve = Curve({2: 10.0, 4: 20.0})
     assert [curve(n) for n in (1, 2, 3, 4, 6)] == [10, 10, 15, 20, 30]
@@ -282,8 +391,27 @@ def test_cost_models_are_read_from_json(tmp_path):
         path.write_text(text)
         with pytest.raises(BenchError, match="is not a cost model"):
             costs.load(path)
-    path.write_text('{"draft_ms": {"1": -1}, "target_ms": {"1": 1}}')
-    with pytest.raises(BenchError, match="must be positive"):
+    for draft, target in (("-1", "1"), ("1", "0"), ("0", "1")):
+        path.write_text(f'{{"draft_ms": {{"1": {draft}}}, "target_ms": {{"1": {target}}}}}')
+        with pytest.raises(BenchError, match="must be positive"):
+            costs.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"draft_ms": {"1": NaN}, "target_ms": {"1": 1}}', "must be finite"),
+        ('{"draft_ms": {"1": 1}, "target_ms": {"1": Infinity}}', "must be finite"),
+        ('{"draft_ms": {"1": 1}, "target_ms": {"1": 1}, "overhead_ms": NaN}', "must be finite"),
+        ('{"draft_ms": {"0": 1}, "target_ms": {"1": 1}}', "is not a cost model"),
+        ('{"draft_ms": {"1": 1}, "target_ms": {"-4": 1}}', "is not a cost model"),
+        ("[" * 100_000, "is not a cost model"),
+    ],
+)
+def test_cost_models_out_of_range_get_one_line(tmp_path, text, message):
+    path = tmp_path / "cost.json"
+    path.write_text(text)
+    with pytest.raises(BenchError, match=message):
         costs.load(path)
 
 
@@ -310,6 +438,28 @@ def test_a_cost_model_is_taken_from_profiled_passes():
         costs.from_profiles(profiles[:1], "run.json")
 
 
+def test_draft_times_come_from_arms_of_fixed_height_where_there_are_any():
+    def profile(arm, draft_ms):
+        return {
+            "arm": arm,
+            "method": "stairs",
+            "seconds": {"draft": 1, "target": 1, "validation": draft_ms / 100, "rest": 0.0},
+            "steps": 100,
+            "target_ms_by_rows": {"1": [10.0, 50]},
+            "draft_ms_by_batch": {"1": [draft_ms, 50]},
+        }
+
+    arms = {
+        "auto": {"speculative_config": {"stairs_height": "auto"}},
+        "fixed": {"speculative_config": {"num_speculative_tokens": 4}},
+    }
+    auto, fixed = profile("auto", 9.0), profile("fixed", 3.0)
+    model = costs.from_profiles([auto, fixed], "run.json", arms)
+    assert model.draft_ms(1) == 3.0
+    assert model.overhead_ms == pytest.approx(0.3)
+    assert costs.from_profiles([auto], "run.json", arms).draft_ms(1) == 9.0
+
+
 def test_the_h100_example_is_what_the_data_sheet_gives():
     from pathlib import Path
 
@@ -324,6 +474,20 @@ def test_the_h100_example_is_what_the_data_sheet_gives():
 )
 def test_unknown_policies_get_one_line(text):
     with pytest.raises(BenchError, match="unknown policy"):
+        policies.parse(text, height=4, costs=FLAT)
+
+
+@pytest.mark.parametrize("text", ["threshold:nan", "threshold:1.5", "product:-0.1:3"])
+def test_a_policy_takes_probabilities_only(text):
+    with pytest.raises(BenchError, match="P is a probability, 0 to 1"):
+        policies.parse(text, height=4, costs=FLAT)
+
+
+@pytest.mark.parametrize(
+    "text", ["fixed:5", "threshold:0.5:5", "heuristic:1:5", "gain:5", "auto:5"]
+)
+def test_a_policy_taller_than_the_record_is_refused(text):
+    with pytest.raises(BenchError, match="taller than the record .height 4.: .* 5 or more"):
         policies.parse(text, height=4, costs=FLAT)
 
 

@@ -74,11 +74,11 @@ def test_saving_and_loading_is_the_same(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
-    results.save(Result(settings={"a": 1}), path)
+    results.save(example(), path)
     monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         results.save(Result(settings={"a": 2}), path)
-    assert results.load(path).settings == {"a": 1}
+    assert results.load(path) == example()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,7 @@ def test_resume_needs_the_same_settings(tmp_path):
     path = tmp_path / "result.json"
     chosen = settings.Settings(target="t", batches=(1, 2))
     stored = results.open_for(path, chosen.as_dict(), resume=False, overwrite=False)
+    stored.prompts, stored.arms = {"count": 1, "groups": {"qa": 1}}, {"plain": {"method": "plain"}}
     stored.measurements.append(measurement("plain", 1, 0, 10.0))
     results.save(stored, path)
     with pytest.raises(BenchError, match="exists: pass --resume"):
@@ -113,7 +114,69 @@ def test_resume_needs_the_same_settings(tmp_path):
     other = settings.Settings(target="t", batches=(1, 4))
     with pytest.raises(BenchError, match="made with batches"):
         results.open_for(path, other.as_dict(), resume=True, overwrite=False)
-    assert not results.open_for(path, other.as_dict(), resume=True, overwrite=True).measurements
+    assert not results.open_for(path, other.as_dict(), resume=False, overwrite=True).measurements
+    with pytest.raises(BenchError, match="pass one of them"):
+        results.open_for(path, chosen.as_dict(), resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.pop("settings"), "settings"),
+        (lambda d: d["settings"].pop("output_tokens"), "output_tokens is not a number"),
+        (lambda d: d["provenance"].update(models=[1]), "provenance: models is not an object"),
+        (lambda d: d.update(prompts={}), "no 'groups'|no 'count'|count is not"),
+        (lambda d: d.update(measurements={}), "measurements is not a list"),
+        (lambda d: d["measurements"].append(3), "measurement 6 is not an object"),
+        (lambda d: d["measurements"][1].pop("groups"), "no 'groups'"),
+        (lambda d: d["measurements"][1].update(tokens_per_s=0), "tokens_per_s is not a number ab"),
+        (lambda d: d["measurements"][1].update(tokens_per_s=float("nan")), "tokens_per_s is not"),
+        (lambda d: d["measurements"][1].update(arm="gone"), "unknown arm 'gone'"),
+        (lambda d: d["measurements"][1].update(ttft_ms={"p50": 1}), "ttft_ms: p90 is not a number"),
+        (lambda d: d["measurements"][1].update(speculation={"drafts": "many"}), "is damaged"),
+        (lambda d: d["arms"]["plain"].pop("method"), "no 'method'"),
+        (lambda d: d.update(bandwidth={"bytes_per_s": "fast"}), "bytes_per_s is not a number"),
+        (lambda d: d["models"].update(t={"weights": 1}), "is damaged"),
+        (lambda d: d.update(identity=[{"arm": "plain"}]), "batch is not a number"),
+        (lambda d: d.update(profiles=[{"arm": "plain", "batch": 1, "steps": 2}]), "no 'seconds'"),
+        (lambda d: d.update(online=[{"arm": "plain"}]), "temperature is not a number"),
+    ],
+)
+def test_a_damaged_result_gets_one_line(tmp_path, damage, message):
+    path = tmp_path / "result.json"
+    results.save(example(), path)
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(BenchError, match=message) as caught:
+        results.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_result_files_are_json_without_infinity(tmp_path):
+    path = tmp_path / "result.json"
+    rates = settings.Settings(target="t", online=True, request_rates=(2.0, float("inf")))
+    stored = results.open_for(path, rates.as_dict(), resume=False, overwrite=False)
+    stored.prompts = {"count": 1, "groups": {"qa": 1}, "odd": float("nan")}
+    results.save(stored, path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    document = json.loads(path.read_text(), parse_constant=refuse)
+    assert document["settings"]["request_rates"] == [2.0, "inf"]
+    assert document["prompts"]["odd"] is None
+    assert results.load(path).settings["request_rates"] == [2.0, float("inf")]
+    results.open_for(path, rates.as_dict(), resume=True, overwrite=False)
+
+
+def test_a_path_that_cannot_be_written_gets_one_line(tmp_path):
+    results.check_writable(tmp_path / "deep" / "r.json", "--output")
+    assert not list((tmp_path / "deep").iterdir())
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(BenchError, match="--output"):
+            results.check_writable(path, "--output")
 
 
 def test_summary_ratios_and_shares():
@@ -207,46 +270,39 @@ def test_a_tie_is_told_from_a_bug():
     common = (7, {7: -0.1, 8: -3.0})
     tie = identity.explain(
         "r", [common, (1, {1: -0.7, 2: -0.70001})], [common, (2, {2: -0.7, 1: -0.70001})],
-        "float32",
+        "float32", 1,
     )  # fmt: skip
     assert tie["position"] == 1
     assert tie["verdict"].startswith("a tie")
     assert (tie["plain"]["best"], tie["arm"]["best"]) == (1, 2)
-    bug = identity.explain("r", [(1, {1: -0.1, 2: -3.0})], [(2, {1: -0.1, 2: -3.0})], "float32")
-    assert "suspect a bug" in bug["verdict"]
+    bug = identity.explain("r", [(1, {1: -0.1, 2: -3.0})], [(2, {1: -0.1, 2: -3.0})], "float32", 1)
+    assert "a gap of 2.90e+00 is larger than 0.001): suspect a bug" in bug["verdict"]
     assert bug["plain"]["gap"] == pytest.approx(2.9)
-    gone = identity.explain("r", [common], [common], "float32")
-    assert "the same tokens in both arms" in gone["verdict"]
 
 
-def test_compare_tells_a_fall_from_noise():
-    from vllm_stairs.bench.compare import compare
-
-    changes = {c.arm: c for c in compare(example(), example(stairs=(9.0, 9.5)), 0.05, force=False)}
-    assert changes["stairs:k=2"].fell
-    assert changes["stairs:k=2"].quantity == "ratio to plain"
-    assert not changes["plain"].fell
-    unchanged = compare(example(), example(), 0.0, force=False)
-    assert all(not c.fell and c.within_noise for c in unchanged)
+def test_another_pair_of_tokens_is_said_to_be_that():
+    near = (1, {1: -0.7, 2: -0.70001}), (3, {3: -0.7, 4: -0.70001})
+    found = identity.explain("r", near[:1], near[1:], "float32", 1)
+    assert "the two best are [1, 2] for plain and [3, 4] for the arm" in found["verdict"]
+    assert "larger" not in found["verdict"]
 
 
-def test_a_slower_machine_is_no_regression():
-    from vllm_stairs.bench.compare import compare
+def test_a_difference_that_the_rerun_does_not_have_is_judged_by_the_batch():
+    clear, close = (7, {7: -0.1, 8: -3.0}), (7, {7: -0.7, 8: -0.70001})
 
-    slow = example(stairs=(6.0, 6.5), plain=(5.0, 5.0), stock=(5.5, 6.0))
-    assert not any(change.fell for change in compare(example(), slow, 0.05, force=False))
+    def verdict(tokens, batch, position):
+        return identity.explain("r", tokens, tokens, "float32", batch, position)["verdict"]
 
-
-def test_compare_refuses_other_prompts_and_tolerances():
-    from vllm_stairs.bench.compare import compare
-
-    other = example()
-    other.prompts["hash"] = "other"
-    with pytest.raises(BenchError, match="differ in prompts"):
-        compare(example(), other, 0.05, force=False)
-    assert compare(example(), other, 0.05, force=True)
-    with pytest.raises(BenchError, match="--tolerance"):
-        compare(example(), example(), 5, force=False)
+    alone = verdict([close], 1, 0)
+    assert "not deterministic or carries state" in alone
+    assert "composition" not in alone
+    assert "composition (gaps at most 0.001)" in verdict([clear, close], 4, 1)
+    assert "a gap of 2.90e+00 is larger than 0.001; suspect a bug" in verdict([clear], 4, 0)
+    assert "or with non-determinism" in verdict([clear], 4, None)
+    found = identity.explain("r", [close], [close], "float32", 4, 0)
+    assert found["plain"]["gap"] == pytest.approx(1e-5)
+    shorter = identity.explain("r", [clear], [clear, close], "float32", 4)
+    assert "agree for 1 tokens, then one ends" in shorter["verdict"]
 
 
 def test_plots_are_written_as_png_and_svg(tmp_path):

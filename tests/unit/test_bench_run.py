@@ -330,3 +330,108 @@ def test_the_clients_json_is_read_and_checked(tmp_path):
         online.read_client_result(path)
     with pytest.raises(BenchError, match="left no result"):
         online.read_client_result(tmp_path / "none.json")
+
+
+def test_an_interrupted_recording_is_resumed_and_written_anew(bench, tmp_path, monkeypatch):
+    record = tmp_path / "with,comma.jsonl"
+    written = []
+
+    def measure(self, work, batch, temperature, profile, **_):
+        if self.arm.label == "record":
+            written.append(self.arm.speculative_config)
+            record.write_text("line\n")
+            if len(written) == 3:
+                raise KeyboardInterrupt
+        return original(self, work, batch, temperature, profile)
+
+    original = FakeArm.measure
+    monkeypatch.setattr(FakeArm, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        bench(options={"record": record})[0].execute()
+    assert record.exists()
+    with pytest.raises(BenchError, match="name another record"):
+        bench(output="other.json", options={"record": record})
+    FakeArm.calls.clear()
+    again, reporter = bench(options={"record": record, "resume": True, "record_height": 3})
+    again.execute()
+    assert not timed()[0:-2]  # Only the record's own passes, one a batch size.
+    assert written[-1]["stairs_record"] == str(record)
+    assert written[-1]["num_speculative_tokens"] == 3
+    assert "record: 1 staircases" in reporter.notes[-1]
+
+
+def test_faults_of_a_record_are_told_before_an_engine_starts(bench, tmp_path):
+    (tmp_path / "file").write_text("")
+    for options, changes, message in (
+        ({"record": tmp_path / "x", "record_height": 0}, {}, "--record-height must be at least 1"),
+        ({"record": tmp_path / "x", "record_height": -2}, {}, "--record-height"),
+        ({"record": tmp_path / "x"}, {"online": True, "request_rates": (1.0,)}, "with --online"),
+        ({"record": tmp_path / "r.json"}, {}, "--record and --output are the same file"),
+        ({"record": tmp_path / "p.jsonl", "overwrite": True}, {}, "--record and --prompts are"),
+        ({"record": tmp_path / "file" / "x"}, {}, "cannot write --record"),
+        ({"resume": True, "overwrite": True}, {}, "pass one of them"),
+    ):
+        with pytest.raises(BenchError, match=message):
+            bench(options=options, **changes)
+    with pytest.raises(BenchError, match="cannot write --output"):
+        bench(output="file/r.json")
+    assert not FakeArm.calls
+
+
+def test_a_run_is_not_resumed_with_other_threads_or_one_engine_at_a_time(bench, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    bench()[0].execute()
+    with pytest.raises(BenchError, match="--sequential was False and is True now"):
+        bench(options={"resume": True, "sequential": True})[0].execute()
+    with monkeypatch.context() as changed:
+        changed.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+        with pytest.raises(BenchError, match="VLLM_CPU_OMP_THREADS_BIND was None and is '0' now"):
+            bench(options={"resume": True})[0].execute()
+    machine = {**run.provenance.machine(), "cores": 999}
+    monkeypatch.setattr(run.provenance, "machine", lambda: machine)
+    with pytest.raises(BenchError, match="the machine's cores was .* and is 999 now"):
+        bench(options={"resume": True})[0].execute()
+
+
+def test_bench_quick_overwrites_only_what_a_quick_run_made(bench, tmp_path, capsys, monkeypatch):
+    target = str(tmp_path / "target")
+    seen = []
+    monkeypatch.setattr(cli, "_execute", lambda settings, output, **_: seen.append(settings) or 0)
+    path = tmp_path / "kept.json"
+    made, _ = bench(output="kept.json")
+    made.execute()
+    before = path.read_bytes()
+    assert cli.main(["quick", "--target", target, "--output", str(path)]) == 2
+    assert "is no result of bench quick" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert cli.main(["quick", "--target", target, "--output", str(tmp_path / "new.json")]) == 0
+    made.result.settings = seen[0].as_dict()
+    results.save(made.result, path)
+    command = ["quick", "--target", target, "--compiled", "--output", str(path)]
+    assert cli.main(command) == 0
+    assert len(seen) == 2
+
+
+def test_replay_does_not_write_over_its_input(tmp_path, capsys):
+    path = tmp_path / "record.jsonl"
+    path.write_text("kept")
+    assert cli.main(["replay", str(path), "--output", str(path)]) == 2
+    assert "would overwrite an input" in capsys.readouterr().err
+    assert path.read_text() == "kept"
+
+
+def test_errors_of_the_file_system_are_one_line_and_status_2(bench, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    made, _ = bench()
+    made.execute()
+    (tmp_path / "file").write_text("")
+    bare = tmp_path / "bare"
+    bare.write_bytes(made.output.read_bytes())
+    for command, message in (
+        (["plot", str(made.output), "--folder", str(tmp_path / "file")], "File exists"),
+        (["plot", str(bare)], "has no suffix to take off"),
+    ):
+        assert cli.main(command) == 2
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert len(printed) == 1
+        assert message in printed[0]

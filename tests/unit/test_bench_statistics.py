@@ -1,5 +1,6 @@
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -46,3 +47,27 @@ def test_pairing_removes_what_slows_both_arms():
     assert (ratio.low, ratio.high) == (pytest.approx(1.2), pytest.approx(1.2))
     with pytest.raises(ValueError):
         statistics.paired_ratio([1], [])
+
+
+def test_quantiles_are_students_beyond_the_table_too():
+    stats = pytest.importorskip("scipy.stats")
+    for degrees in (1, 2, 20, 21, 25, 40, 200):
+        expected = stats.t.ppf(0.975, degrees)
+        assert statistics.t_quantile(degrees) == pytest.approx(expected, abs=1e-3)
+
+
+def test_quantiles_fall_without_a_jump_at_the_end_of_the_table():
+    found = [statistics.t_quantile(degrees) for degrees in range(15, 40)]
+    steps = [before - after for before, after in pairwise(found)]
+    assert all(0 < step < 0.02 for step in steps)
+
+
+@pytest.mark.parametrize("count", [3, 5, 6])
+def test_the_median_of_a_second_run_lies_within_the_noise_92_to_95_times_in_100(count):
+    source = random.Random(count)
+    inside = 0
+    for _ in range(4000):
+        first, second = ([math.exp(source.gauss(3, 0.02)) for _ in range(count)] for _ in range(2))
+        ratio = statistics.median(second) / statistics.median(first)
+        inside += abs(math.log(ratio)) <= math.log1p(statistics.repeat_noise(first))
+    assert 0.91 < inside / 4000 < 0.96

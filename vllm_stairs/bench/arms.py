@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_stairs.bench.errors import BenchError
+from vllm_stairs.config import MAX_NUM_SPECULATIVE_TOKENS, OPTION_PREFIX, parse_options
 
 METHODS = ("plain", "draft_model", "ngram", "stairs")
 
@@ -47,9 +48,14 @@ def parse(text: str, draft: str | None) -> Arm:
     Args:
         text: see this module's docstring.
         draft: the run's draft model, for the methods that need one.
+
+    Raises:
+        BenchError: in one line, for whatever can be told to be wrong without vLLM.
     """
     head, _, rest = text.partition(":")
     label, at, method = head.rpartition("@")
+    if at and not label.strip():
+        raise BenchError(f"arm {text!r}: the label before the @ is empty")
     if method not in METHODS:
         raise BenchError(f"arm {text!r}: unknown method {method!r}, expected {', '.join(METHODS)}")
     options = _options(text, rest)
@@ -63,10 +69,15 @@ def parse(text: str, draft: str | None) -> Arm:
     height = options.pop("k", 4)
     if not isinstance(height, int) or isinstance(height, bool) or height < 1:
         raise BenchError(f"arm {text!r}: k must be a whole number of at least 1")
+    if method == "stairs" and height > MAX_NUM_SPECULATIVE_TOKENS:
+        raise BenchError(f"arm {text!r}: k must be at most {MAX_NUM_SPECULATIVE_TOKENS} for stairs")
     config["num_speculative_tokens"] = height
     if method == "ngram":
-        config["prompt_lookup_max"] = options.pop("max", 4)
-        config["prompt_lookup_min"] = options.pop("min", 2)
+        longest = _count(text, "max", options.pop("max", 4))
+        shortest = _count(text, "min", options.pop("min", min(2, longest)))
+        if shortest > longest:
+            raise BenchError(f"arm {text!r}: min ({shortest}) is greater than max ({longest})")
+        config["prompt_lookup_max"], config["prompt_lookup_min"] = longest, shortest
     else:
         model = options.pop("draft", draft)
         if not model:
@@ -76,13 +87,21 @@ def parse(text: str, draft: str | None) -> Arm:
         config["num_speculative_tokens_per_batch_size"] = _table(text, str(options.pop("table")))
     for key, value in options.items():
         if key.startswith("spec."):
-            config[key.removeprefix("spec.")] = value
+            name = key.removeprefix("spec.")
         elif method == "stairs":
-            config[key if key.startswith("stairs_") else f"stairs_{key}"] = value
+            name = key if key.startswith(OPTION_PREFIX) else OPTION_PREFIX + key
         else:
             raise BenchError(
                 f"arm {text!r}: unknown option {key!r} (vLLM's own keys are written spec.{key}=...)"
             )
+        if not name or name in config:
+            raise BenchError(f"arm {text!r}: {key} is empty, given twice or set by the arm itself")
+        config[name] = value
+    if method == "stairs":
+        try:
+            parse_options({k: v for k, v in config.items() if k.startswith(OPTION_PREFIX)})
+        except ValueError as error:
+            raise BenchError(f"arm {text!r}: {error}") from None
     return Arm(label, method, config)
 
 
@@ -123,6 +142,8 @@ def _options(text: str, rest: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key:
             raise BenchError(f"arm {text!r}: expected key=value, got {part!r}")
+        if key in options:
+            raise BenchError(f"arm {text!r}: {key} is given twice")
         try:
             options[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -130,15 +151,28 @@ def _options(text: str, rest: str) -> dict[str, Any]:
     return options
 
 
+def _count(text: str, key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BenchError(f"arm {text!r}: {key} must be a whole number of at least 1")
+    return value
+
+
 def _table(text: str, value: str) -> list[list[int]]:
-    rows = []
+    rows: list[list[int]] = []
     for part in value.split("/"):
-        batches, _, height = part.partition(":")
+        batches, _, tallest = part.partition(":")
         first, _, last = batches.partition("-")
         try:
-            rows.append([int(first), int(last or first), int(height)])
+            rows.append([int(first), int(last or first), int(tallest)])
         except ValueError:
             raise BenchError(
                 f"arm {text!r}: a table is written FIRST-LAST:K/FIRST-LAST:K, got {part!r}"
             ) from None
+    ends = [0, *(row[1] for row in sorted(rows))]
+    for (low, high, height), end in zip(sorted(rows), ends, strict=False):
+        if low > high or low <= end or height < 0 or (end == 0 and low != 1):
+            raise BenchError(
+                f"arm {text!r}: a table starts at batch size 1, its ranges ascend and do not "
+                f"overlap, no height is negative: {low}-{high}:{height}"
+            )
     return rows

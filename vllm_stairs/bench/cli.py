@@ -12,6 +12,7 @@ from vllm_stairs.bench.errors import BenchError
 DESCRIPTION = "Measure ways of serving a target against each other; see docs/benchmarks.md."
 
 QUICK_TARGET = "models/smollm2-135m-instruct"
+QUICK_OUTPUT = Path("results/quick.json")
 
 RUN_EPILOG = """\
 arms: plain | draft_model:k=4[,table=1-4:4/5-16:2] | ngram:k=4[,max=4,min=2] |
@@ -65,7 +66,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     quick.add_argument("--target", default=QUICK_TARGET)
     quick.add_argument("--draft", help="default: TARGET-draft if it is there, else the target")
     quick.add_argument("--compiled", action="store_true", help="fairer to plain, starts slower")
-    quick.add_argument("--output", type=Path, default=Path("results/quick.json"))
+    quick.add_argument("--output", type=Path, default=QUICK_OUTPUT)
     quick.set_defaults(func=_guarded(_quick))
 
     show = commands.add_parser("show", help="print the tables of a result again")
@@ -73,12 +74,14 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(func=_guarded(_show))
 
     compare = commands.add_parser(
-        "compare", help="two results side by side; exit status 1 if a ratio fell"
+        "compare", help="two results side by side; exit status 1 if a ratio fell or is missing"
     )
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     compare.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE")
-    compare.add_argument("--force", action="store_true", help="although prompts or lengths differ")
+    compare.add_argument(
+        "--force", action="store_true", help="although prompts, models or arguments differ"
+    )
     compare.set_defaults(func=_guarded(_compare))
 
     plot = commands.add_parser("plot", help="figures of a result, PNG and SVG")
@@ -147,8 +150,13 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
         try:
             return command(args)
         except BenchError as error:
-            print(f"vllm-stairs bench: error: {error}", file=sys.stderr)
-            return 2
+            line = str(error)
+        except OSError as error:
+            line = f"{error.strerror or error}"
+            if error.filename is not None:
+                line = f"{str(error.filename)!r}: {line}"
+        print(f"vllm-stairs bench: error: {line}", file=sys.stderr)
+        return 2
 
     return guarded
 
@@ -245,7 +253,24 @@ def _quick(args: argparse.Namespace) -> int:
         kv_cache_gib=1.0,
         profile=False,
     )
+    if args.output != QUICK_OUTPUT and args.output.exists():
+        _check_quick(args.output, settings.as_dict())
     return _execute(settings, args.output, overwrite=True, together=True)
+
+
+def _check_quick(path: Path, settings: dict[str, Any]) -> None:
+    """Raise unless the file is another quick run's: only such a file may be overwritten."""
+    from vllm_stairs.bench import results
+
+    def kind(of: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in of.items() if k not in ("target", "draft", "eager")}
+
+    try:
+        quick = kind(results.load(path).settings) == kind(settings)
+    except BenchError:
+        quick = False
+    if not quick:
+        raise BenchError(f"{str(path)!r} exists and is no result of bench quick: name another")
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -262,21 +287,30 @@ def _compare(args: argparse.Namespace) -> int:
         results.load(args.before), results.load(args.after), args.tolerance, force=args.force
     )
     report.show_changes(changes, args.tolerance)
-    return int(any(change.fell for change in changes))
+    return int(any(change.failed for change in changes))
 
 
 def _plot(args: argparse.Namespace) -> int:
     from vllm_stairs.bench import plot, results
 
+    found = results.load(args.result)
     folder = args.folder or args.result.with_suffix("")
-    for path in plot.plot(results.load(args.result), folder):
+    if folder == args.result:
+        raise BenchError(f"{str(folder)!r} has no suffix to take off: give --folder")
+    for path in plot.plot(found, folder):
         print(path)
     return 0
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from vllm_stairs.bench import costs, policies, record, replay, report
+    from vllm_stairs.bench import costs, policies, record, replay, report, results
 
+    if args.output:
+        inputs = [args.record] if args.cost == "record" else [args.record, Path(args.cost)]
+        for path in inputs:
+            if results.same_file(args.output, path):
+                raise BenchError(f"--output would overwrite an input: {str(path)!r}")
+        results.check_writable(args.output, "--output")
     found = record.load(args.record)
     if args.cost == "record":
         if found.measured is None:
@@ -299,8 +333,7 @@ def _replay(args: argparse.Namespace) -> int:
             "cost_model": model.as_dict(),
             "scores": [score.as_dict() for plain, scores in scored for score in (plain, *scores)],
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(document, indent=1) + "\n")
+        args.output.write_text(results.dumps(document))
     return 0
 
 

@@ -9,10 +9,14 @@ As JSON (times in milliseconds)::
 
 Between two sizes a model interpolates linearly, beyond the last it goes on with the last
 slope (never downhill), below the first it takes the first.
+
+A measured curve never falls: more rows do not make a pass faster, so sizes whose medians say
+otherwise share one value (pool adjacent violators, weighted by the numbers of steps).
 """
 
 import bisect
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +46,11 @@ class Curve:
         """The points, as JSON wants them."""
         return {str(s): v for s, v in zip(self.sizes, self.values, strict=True)}
 
+    def beyond(self) -> int | None:
+        """The largest size asked for so far, if it is larger than the last point's."""
+        largest = max(self._known, default=0)
+        return largest if largest > self.sizes[-1] else None
+
     def _at(self, size: int) -> float:
         sizes, values = self.sizes, self.values
         if size <= sizes[0] or len(sizes) == 1:
@@ -54,6 +63,25 @@ class Curve:
         return values[left] + slope * (size - sizes[left])
 
 
+def monotone(points: Mapping[int, tuple[float, float]]) -> dict[int, float]:
+    """The never falling curve nearest to measured points (weighted least squares).
+
+    Args:
+        points: size -> (milliseconds, weight above 0).
+    """
+    blocks: list[tuple[float, float, list[int]]] = []
+    for size in sorted(points):
+        ms, weight = points[size]
+        sizes = [size]
+        while blocks and blocks[-1][0] > ms:
+            before, own, others = blocks.pop()
+            ms = (before * own + ms * weight) / (own + weight)
+            weight += own
+            sizes = others + sizes
+        blocks.append((ms, weight, sizes))
+    return {size: ms for ms, _, sizes in blocks for size in sizes}
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Times of the parts of a step, in milliseconds."""
@@ -64,8 +92,22 @@ class CostModel:
     """One pass of the target, by number of rows."""
     overhead_ms: float = 0.0
     """Validation, scheduling and the rest, per step."""
-    source: str = ""
+    origin: str = ""
     """What the figures are and where they are from."""
+
+    @property
+    def source(self) -> str:
+        """The origin, and what was asked for beyond the last sizes that it knows."""
+        notes = [self.origin] if self.origin else []
+        for curve, part, unit in (
+            (self.target_ms, "target", "rows"),
+            (self.draft_ms, "draft", "requests"),
+        ):
+            asked = curve.beyond()
+            if asked is not None:
+                last = curve.sizes[-1]
+                notes.append(f"{part} extrapolated beyond {last} {unit} (up to {asked})")
+        return "; ".join(notes)
 
     def step_ms(self, drafting: int, passes: int, rows: int) -> float:
         """One step: ``passes`` draft tokens for ``drafting`` requests, then ``rows`` rows."""
@@ -78,7 +120,7 @@ class CostModel:
             "draft_ms": self.draft_ms.as_dict(),
             "target_ms": self.target_ms.as_dict(),
             "overhead_ms": self.overhead_ms,
-            "source": self.source,
+            "source": self.origin,
         }
 
 
@@ -86,23 +128,34 @@ def from_mapping(data: Any, where: str) -> CostModel:
     """Read the JSON form; one line if it is not that."""
     try:
         draft, target = (
-            Curve({int(size): float(ms) for size, ms in data[key].items()})
+            Curve({_size(size): float(ms) for size, ms in data[key].items()})
             for key in ("draft_ms", "target_ms")
         )
         model = CostModel(
             draft, target, float(data.get("overhead_ms", 0)), str(data.get("source", ""))
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise BenchError(
             f'{where} is not a cost model: expected {{"draft_ms": {{"1": ms, ...}}, '
             '"target_ms": {"1": ms, ...}, "overhead_ms": ms}'
         ) from None
-    if (
-        min(*model.draft_ms.values, *model.target_ms.values, model.overhead_ms) < 0
-        or min(model.target_ms.values) <= 0
-    ):
+    return _checked(model, where)
+
+
+def _checked(model: CostModel, where: str) -> CostModel:
+    times = (*model.draft_ms.values, *model.target_ms.values, model.overhead_ms)
+    if not all(map(math.isfinite, times)):
+        raise BenchError(f"{where}: times must be finite numbers")
+    if min(times) < 0 or min(*model.draft_ms.values, *model.target_ms.values) <= 0:
         raise BenchError(f"{where}: times must be positive")
     return model
+
+
+def _size(text: str) -> int:
+    size = int(text)
+    if size < 1:
+        raise ValueError(text)
+    return size
 
 
 def load(path: Path) -> CostModel:
@@ -111,26 +164,38 @@ def load(path: Path) -> CostModel:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise BenchError(f"no cost model {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BenchError(f"{str(path)!r} is not a cost model: {error}") from None
     if isinstance(data, dict) and "profiles" in data:
         from vllm_stairs.bench.results import load as load_result
 
-        return from_profiles(load_result(path).profiles, str(path))
+        result = load_result(path)
+        return from_profiles(result.profiles, str(path), result.arms)
     return from_mapping(data, repr(str(path)))
 
 
-def from_profiles(profiles: Iterable[Mapping[str, Any]], where: str) -> CostModel:
+def from_profiles(
+    profiles: Iterable[Mapping[str, Any]],
+    where: str,
+    arms: Mapping[str, Mapping[str, Any]] | None = None,
+) -> CostModel:
     """A measured cost model from the profiled passes of a run.
 
-    The target's curve takes all arms (a row costs the same whoever drafted it), the draft's
-    the stairs arms, or ``draft_model`` where there are none.
+    The target's curve takes all arms (a row costs the same whoever drafted it). The draft's and
+    the overhead take the stairs arms of fixed height; those of ``height=auto`` where there are no
+    others (their passes shrink while they go, and choosing is part of their time); or
+    ``draft_model`` where there are none at all.
+
+    Args:
+        profiles: of a result.
+        where: the result's name.
+        arms: of the result: label -> ``speculative_config`` and more.
     """
     profiles = list(profiles)
     target = _merge(profile.get("target_ms_by_rows", {}) for profile in profiles)
-    drafting = [p for p in profiles if p.get("method") == "stairs"] or [
-        p for p in profiles if p.get("method") == "draft_model"
-    ]
+    stairs = [p for p in profiles if p.get("method") == "stairs"]
+    fixed = [p for p in stairs if not _adaptive((arms or {}).get(str(p.get("arm"))))]
+    drafting = fixed or stairs or [p for p in profiles if p.get("method") == "draft_model"]
     draft = _merge(profile.get("draft_ms_by_batch", {}) for profile in drafting)
     if not target or not draft:
         raise BenchError(
@@ -141,12 +206,13 @@ def from_profiles(profiles: Iterable[Mapping[str, Any]], where: str) -> CostMode
         for p in drafting
         if p.get("steps")
     ]
-    return CostModel(
+    model = CostModel(
         Curve(draft),
         Curve(target),
         max(0.0, median(overhead)) if overhead else 0.0,
         f"measured: profiled passes of {where}",
     )
+    return _checked(model, repr(where))
 
 
 def from_data_sheet(
@@ -219,10 +285,15 @@ def h100_example() -> CostModel:
     )
 
 
+def _adaptive(arm: Mapping[str, Any] | None) -> bool:
+    config = (arm or {}).get("speculative_config") or {}
+    return config.get("stairs_height", "fixed") != "fixed"
+
+
 def _merge(tables: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """Per size the median of what several profiles measured, weighted by their counts."""
+    """What several profiles measured, as one curve: per size the median, weighted by counts."""
     values: dict[int, list[float]] = {}
     for table in tables:
         for size, (ms, count) in table.items():
             values.setdefault(int(size), []).extend([ms] * min(int(count), 1000))
-    return {size: median(found) for size, found in values.items()}
+    return monotone({size: (median(found), len(found)) for size, found in values.items() if found})

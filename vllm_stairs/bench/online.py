@@ -237,7 +237,8 @@ def summary_rows(result: Any) -> list[dict[str, Any]]:
                     **{
                         key: median([entry[key] for entry in entries])
                         for key in entries[0]
-                        if key.endswith("_ms") and isinstance(entries[0][key], int | float)
+                        if key.endswith("_ms")
+                        and all(isinstance(entry.get(key), int | float) for entry in entries)
                     },
                     "acceptance_length": entries[-1].get("spec_decode_acceptance_length"),
                 }

@@ -115,7 +115,8 @@ def _time(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
         axes.barh(names, widths, left=left, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel("ms per engine step, prefills included")
+    sources = sorted({str(row["time"]["source"]) for row in own})
+    axes.set_xlabel(f"ms per engine step, prefills included ({', '.join(sources)})")
     return _write(figure, axes, stem)
 
 

@@ -170,16 +170,30 @@ def parse(text: str, *, height: int, costs: CostModel) -> Policy | Auto:
     Args:
         text: ``fixed:K``, ``threshold:P[:K]``, ``product:P[:K]``, ``heuristic[:START[:K]]``,
             ``gain[:K]`` or ``auto[:K]``; K is the largest height, the record's where left out.
-        height: the record's largest height.
+        height: the record's largest height. No policy may be taller: what it would have drafted
+            above is not in the record.
         costs: for the policies that weigh costs.
     """
+    policy = _parse(text, height, costs)
+    if policy.height > height:
+        raise BenchError(
+            f"policy {text!r} is taller than the record (height {height}): record again with "
+            f"--record-height {policy.height} or more"
+        )
+    return policy
+
+
+def _parse(text: str, height: int, costs: CostModel) -> Fixed | Heuristic | Gain | Auto:
     name, *numbers = text.split(":")
     try:
         if name == "fixed" and len(numbers) == 1:
             return Fixed(_height(numbers[0], least=0))
         if name in ("threshold", "product") and len(numbers) in (1, 2):
             kind = Threshold if name == "threshold" else Product
-            return kind(float(numbers[0]), _height(numbers[1]) if numbers[1:] else height)
+            least = float(numbers[0])
+            if not 0 <= least <= 1:  # Not a number neither.
+                raise BenchError(f"policy {text!r}: P is a probability, 0 to 1")
+            return kind(least, _height(numbers[1]) if numbers[1:] else height)
         if name == "heuristic" and len(numbers) <= 2:
             start = _height(numbers[0]) if numbers else min(4, height)
             return Heuristic(start, _height(numbers[1]) if numbers[1:] else height)

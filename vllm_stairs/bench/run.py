@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +67,8 @@ class Run:
             overwrite: replace ``output``.
             sequential: one engine at a time, started anew for every repeat.
             together: start all engines at once; their start-up times then say little.
-            record: write a record of a stairs run there, in passes of its own.
+            record: write a record of a stairs run there, in passes of its own; a resumed run
+                writes it anew.
             record_height: height of the recorded staircases.
         """
         self.settings = settings
@@ -80,10 +82,8 @@ class Run:
         for arm in self.arms:
             if arm.draft:
                 self.models[f"draft of {arm.label}"] = arm.draft
-        if record is not None and not settings.draft:
-            raise BenchError("--record needs --draft")
-        if record is not None and record.exists() and not overwrite:
-            raise BenchError(f"{str(record)!r} exists: name another record or pass --overwrite")
+        if record is not None:
+            self._check_record(record, resume=resume, overwrite=overwrite)
         for role, name in self.models.items():
             provenance.check_model(name, role)
         self.cpu = environment.runs_on_cpu()
@@ -117,6 +117,32 @@ class Run:
         self.result = results.open_for(
             output, settings.as_dict(), resume=resume, overwrite=overwrite
         )
+        results.check_writable(output, "--output")
+        if record is not None:
+            results.check_writable(record, "--record")
+
+    def _check_record(self, record: Path, *, resume: bool, overwrite: bool) -> None:
+        if not self.settings.draft:
+            raise BenchError("--record needs --draft")
+        if self.settings.online:
+            raise BenchError("--record is not written with --online: record in a run without it")
+        if self.record_height < 1:
+            raise BenchError("--record-height must be at least 1")
+        for flag, path in (("--output", self.output), ("--prompts", Path(self.settings.prompts))):
+            if results.same_file(record, path):
+                raise BenchError(f"--record and {flag} are the same file: {str(record)!r}")
+        if record.exists() and not (overwrite or resume):
+            raise BenchError(f"{str(record)!r} exists: name another record or pass --overwrite")
+        self._record_arm()
+
+    def _record_arm(self) -> Arm:
+        """The arm that writes the record; the path is no part of its text, it may hold commas."""
+        assert self.record is not None
+        arm = arms_module.parse(f"record@stairs:k={self.record_height}", self.settings.draft)
+        path = str(self.record.resolve())
+        return replace(
+            arm, speculative_config={**(arm.speculative_config or {}), "stairs_record": path}
+        )
 
     def execute(self) -> results.Result:
         """Measure, explain, summarise; the result file is written after every pass."""
@@ -140,15 +166,35 @@ class Run:
     def _note_provenance(self) -> None:
         """Of this session; a resumed run must still measure the same thing."""
         now, before = provenance.collect(self.models), self.result.provenance
+        now["sequential"] = self.sequential
         if self.result.measurements or self.result.online:
             for name in ("versions", "commit", "models"):
                 if before.get(name) != now[name]:
                     raise BenchError(
                         f"cannot resume {str(self.output)!r}: {name} changed since it was begun"
                     )
+            self._check_same_machine(now, before)
             earlier = before.pop("earlier_sessions", [])
             now["earlier_sessions"] = [*earlier, before]
         self.result.provenance = now
+
+    def _check_same_machine(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Raise if a figure of this session could not stand beside those of the one before."""
+        old_machine, old_environment = before.get("machine") or {}, before.get("environment") or {}
+        machine, environment = now["machine"], now["environment"]
+        pairs = [
+            *((f"the machine's {key}", old_machine.get(key), machine.get(key))
+              for key in ("processor", "cores", "accelerators")),
+            *((key, old_environment.get(key), environment.get(key))
+              for key in sorted({*old_environment, *environment})),
+            # Not in results of releases that did not note it.
+            ("--sequential", before.get("sequential", now["sequential"]), now["sequential"]),
+        ]  # fmt: skip
+        for name, old, new in pairs:
+            if old != new:
+                raise BenchError(
+                    f"cannot resume {str(self.output)!r}: {name} was {old!r} and is {new!r} now"
+                )
 
     # The passes.
 
@@ -343,13 +389,16 @@ class Run:
             for client in (plain, other)
         )
         dtype = str(plain.facts.get("dtype", "float32"))
-        explained = identity.explain(request, ours, theirs, dtype)
         timed = [
             self.outputs.get((client.arm.label, batch, 0.0), {}).get(request)
             for client in (plain, other)
         ]
+        position = None
         if timed[0] is not None and timed[1] is not None:
-            explained["position_in_timed_pass"] = identity.first_difference(timed[0], timed[1])
+            position = identity.first_difference(timed[0], timed[1])
+        explained = identity.explain(request, ours, theirs, dtype, batch, position)
+        if position is not None:
+            explained["position_in_timed_pass"] = position
         return explained
 
     # Engines.
@@ -450,14 +499,9 @@ class Run:
 
     def _record(self) -> None:
         assert self.record is not None
-        self.record.parent.mkdir(parents=True, exist_ok=True)
         self.record.unlink(missing_ok=True)
-        draft = self.settings.draft
-        arm = arms_module.parse(
-            f"record@stairs:k={self.record_height},record={self.record.resolve()}", draft
-        )
         self.reporter.doing("recording: starting")
-        client = self._start(arm)
+        client = self._start(self._record_arm())
         try:
             client.wait_until_ready()
             self._prepare([client])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,26 @@ from typing import Any
 from vllm_stairs.bench.errors import BenchError
 
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32)
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+"""What vLLM's ``--dtype`` takes."""
+
+MAX_SEED = 2**32 - 1
+"""vLLM seeds NumPy, which takes no larger one."""
+
+OWN_ARGUMENTS = {
+    "model": "--target",
+    "dtype": "--dtype",
+    "seed": "--seed",
+    "enforce_eager": "--eager",
+    "max_model_len": "--max-model-len",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "kv_cache_memory_bytes": "--kv-cache-gib",
+    "speculative_config": "--arm",
+    "worker_extension_cls": None,
+    "disable_log_stats": None,
+}
+"""Arguments of ``LLM`` that the benchmark sets itself, and the option that sets them."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +68,29 @@ class Settings:
                 raise BenchError(f"--{name.replace('_', '-')} must be at least {least}")
         if not self.batches or min(self.batches) < 1:
             raise BenchError("--batch-sizes must be whole numbers of at least 1")
-        if not self.temperatures or min(self.temperatures) < 0 or max(self.temperatures) > 2:
+        # Said so that NaN, for which no comparison holds, is refused too.
+        if not self.temperatures or not all(0 <= t <= 2 for t in self.temperatures):
             raise BenchError("--temperatures must lie between 0 and 2")
-        if self.online and (not self.request_rates or min(self.request_rates) <= 0):
+        if not 0 <= self.seed <= MAX_SEED:
+            raise BenchError(f"--seed must lie between 0 and {MAX_SEED}")
+        if self.dtype not in DTYPES:
+            raise BenchError(f"--dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise BenchError("--max-model-len must be at least 1")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
+            raise BenchError("--kv-cache-gib must be a number above 0")
+        if self.online and not (self.request_rates and all(r > 0 for r in self.request_rates)):
             raise BenchError("--online needs --request-rates above 0, for example 1 2 inf")
+        if self.request_rates and not self.online:
+            raise BenchError("--request-rates belong to --online")
+        keys = [key for key, _ in self.engine]
+        for key in keys:
+            if key in OWN_ARGUMENTS:
+                option = OWN_ARGUMENTS[key]
+                advice = f"use {option}" if option else "it cannot be changed"
+                raise BenchError(f"--engine {key}=...: the benchmark sets {key} itself, {advice}")
+            if keys.count(key) > 1:
+                raise BenchError(f"--engine {key}=... is given twice")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as the result file keeps them."""

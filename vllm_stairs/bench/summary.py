@@ -11,6 +11,9 @@ from vllm_stairs.bench.statistics import Ratio, median, paired_ratio, repeat_noi
 PARTS = ("draft", "target", "validation", "rest")
 """Where time goes; ``rest`` is scheduling, detokenising, and whatever else remains."""
 
+PROFILED, TIMED = "profiled pass", "timed passes"
+"""Where the times of the parts come from."""
+
 
 def summarise(result: Result) -> list[dict[str, Any]]:
     """One row per arm, batch and temperature, in the order in which they were asked for."""
@@ -129,23 +132,26 @@ def _identity(result: Result, label: str, batch: int, temperature: float) -> str
 def _time(
     result: Result, label: str, batch: int, measurements: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Seconds and milliseconds per step by part: stairs' own clocks, else the profiled pass."""
+    """Seconds and milliseconds per step by part, prefill steps included.
+
+    From the profiled pass where the arm has one, in which every method is timed by the same
+    clocks on the same prompts; else from stairs' own clocks in the timed passes, whose share of
+    prefill is another.
+    """
+    profile = next((p for p in result.profiles if (p["arm"], p["batch"]) == (label, batch)), None)
     own = [m for m in measurements if "seconds" in m["speculation"]]
-    if own:
+    if profile is not None:
+        steps, seconds, source = profile["steps"], profile["seconds"], PROFILED
+    elif own:
         steps = sum(m["speculation"]["steps"] for m in own)
         seconds = {
             part: sum(m["speculation"]["seconds"].get(part, 0.0) for m in own)
             for part in PARTS[:-1]
         }
         seconds["rest"] = sum(m["seconds"] for m in own) - sum(seconds.values())
-        source = "timed passes"
+        source = TIMED
     else:
-        profile = next(
-            (p for p in result.profiles if (p["arm"], p["batch"]) == (label, batch)), None
-        )
-        if profile is None:
-            return None
-        steps, seconds, source = profile["steps"], profile["seconds"], "profiled pass"
+        return None
     total = sum(seconds.values())
     return {
         "source": source,
@@ -164,16 +170,38 @@ def _limit(
     config = arm.get("speculative_config") or {}
     draft = result.models.get(str(config.get("model")))
     lengths = [m["acceptance_length"] for m in measurements if m["acceptance_length"]]
-    staircases = sum(sum(m["groups"][g]["steps"] for g in m["groups"]) for m in measurements)
-    drafted = sum(m["speculation"].get("draft_tokens", 0) for m in measurements)
+    # Measured by one worker; each of a tensor-parallel group reads its part of the weights.
+    workers = result.settings.get("tensor_parallel_size") or 1
     computed = limit(
-        bandwidth=result.bandwidth["bytes_per_s"],
+        bandwidth=result.bandwidth["bytes_per_s"] * workers,
         target=ModelBytes(**target),
         batch=measurements[0]["batch"],
         context=median([m["mean_context_tokens"] for m in measurements]),
         measured=median([m["tokens_per_s"] for m in measurements]),
         draft=ModelBytes(**draft) if draft else None,
         acceptance_length=median(lengths) if lengths else 1.0,
-        draft_passes=drafted / staircases if staircases else 0.0,
+        draft_passes=_draft_passes(config, measurements),
     )
     return computed.as_dict()
+
+
+def _draft_passes(config: Mapping[str, Any], measurements: Sequence[Mapping[str, Any]]) -> float:
+    """Passes of the draft per step: as many as the step's tallest draft has tokens.
+
+    Arms of one height draft that high whenever they draft. Where heights differ between the
+    requests of a step the tallest was not counted, and the mean is a lower bound (exact at
+    batch size 1): the ideal stays one that cannot be beaten.
+    """
+    staircases = sum(sum(m["groups"][g]["steps"] for g in m["groups"]) for m in measurements)
+    if not staircases:
+        return 0.0
+    mean: float = sum(m["speculation"].get("draft_tokens", 0) for m in measurements) / staircases
+    one_height = (
+        config.get("stairs_height", "fixed") == "fixed"
+        and "num_speculative_tokens_per_batch_size" not in config
+    )
+    if measurements[0]["batch"] == 1 or not one_height:
+        return mean
+    drafts = sum(m["speculation"].get("drafts", 0) for m in measurements)
+    tallest: float = (config.get("num_speculative_tokens") or 0) * drafts / staircases
+    return max(mean, tallest)

@@ -45,10 +45,10 @@ class StairsOptions(BaseModel):
         "path and for attention backends without a multi-token decode path).",
     )
     height: Literal["fixed", "auto"] = Field(
-        default="fixed",
-        description="How tall staircases are: 'fixed' always drafts as far as allowed, 'auto' "
-        "chooses 0 to num_speculative_tokens for each request and step from the acceptance, the "
-        "confidences and the times that it measures (not with tensor parallelism).",
+        default="auto",
+        description="How tall staircases are: 'auto' chooses 0 to num_speculative_tokens for each "
+        "request and step from the acceptance, the confidences and the times that it measures; "
+        "'fixed' always drafts as far as allowed.",
     )
     draft_vocab: str | int = Field(
         default="auto",

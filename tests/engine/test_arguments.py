@@ -159,7 +159,6 @@ def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> 
     [
         ({"worker_cls": "a.B"}, "leave --worker-cls out"),
         ({"async_scheduling": True}, "leave --async-scheduling out"),
-        ({"tensor_parallel_size": 2, "speculative": {"stairs_height": "auto"}}, "use 'fixed'"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"enable_lora": True}, "--enable-lora"),
@@ -169,9 +168,7 @@ def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> 
 def test_engines_that_cannot_have_stairs(
     tiny: TinyModels, kwargs: dict[str, Any], expected: str
 ) -> None:
-    config = {"model": str(tiny.noisy), **kwargs.get("speculative", {})}
-    kwargs = {key: value for key, value in kwargs.items() if key != "speculative"}
-    assert expected.lower() in error(tiny.target, config, **kwargs).lower()
+    assert expected.lower() in error(tiny.target, {"model": str(tiny.noisy)}, **kwargs).lower()
 
 
 def test_v2_runner_forced(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

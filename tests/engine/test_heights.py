@@ -87,8 +87,8 @@ def runner_of(llm: LLM):  # type: ignore[no-untyped-def]
 
 def wild(llm: LLM, seed: int) -> Dice:
     runner = runner_of(llm)
-    runner.stairs_policy = Dice(runner.num_spec_tokens, seed)
-    return runner.stairs_policy
+    runner.stairs_decider.policy = dice = Dice(runner.num_spec_tokens, seed)
+    return dice
 
 
 @pytest.mark.parametrize("draft", ["target", "noisy", "random"])
@@ -172,8 +172,7 @@ def test_sampled_output_keeps_its_distribution_under_any_heights(tiny: TinyModel
 @pytest.mark.parametrize("draft", ["target", "random"])
 def test_auto_gives_up_on_a_bad_draft_and_says_why(tiny: TinyModels, draft: str) -> None:
     engine = stairs(tiny.target, getattr(tiny, draft), height=4, stairs_height="auto")
-    runner = runner_of(engine)
-    runner.stairs_policy = RaggedPolicy(4)
+    runner_of(engine).stairs_decider.policy = RaggedPolicy(4)
     before = statistics(engine)
     for seed in range(3):
         texts = prompts(6, seed=70 + seed)

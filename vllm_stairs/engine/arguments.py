@@ -207,11 +207,6 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     )
     _check_record(options)
     _check_engine(engine_args, target, parallel)
-    if options.height == "auto" and parallel.tensor_parallel_size > 1:
-        raise ValueError(
-            "stairs_height='auto' measures times, which differ from rank to rank: with "
-            "--tensor-parallel-size above 1 use 'fixed' (the default)."
-        )
     _check_keys(values, parallel.tensor_parallel_size)
     values["num_speculative_tokens"] = _check_height(engine_args, target, values)
     values["model"] = _find_draft(values.get("model"), target)
@@ -232,10 +227,18 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     config.stairs_vocabulary = _choose_draft_vocabulary(options.draft_vocab, config, target)
 
     if current_platform.is_cpu():
-        from vllm_stairs.engine.cpu import preload_openmp
+        from vllm_stairs.engine import cpu
 
         parallel.worker_cls = _CPU_WORKER
-        preload_openmp()
+        cpu.preload_openmp()
+        binding = cpu.bind_threads(parallel.tensor_parallel_size)
+        if binding is not None:
+            _logger().info(
+                "Stairs binds the workers' threads to cores %s (one worker to a bar); with %s set "
+                "it leaves that to you.",
+                binding,
+                cpu.BINDING,
+            )
     else:
         parallel.worker_cls = _GPU_WORKER
         # The official switch; vLLM's processes inherit it.
@@ -248,8 +251,21 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
             "scheduling and full graphs there.",
             current_platform.device_name,
         )
+    if _has_worker_processes(parallel):
+        from vllm_stairs.engine.executor import StairsMultiprocExecutor
+
+        parallel.distributed_executor_backend = StairsMultiprocExecutor
     frontend.install()
     return config
+
+
+def _has_worker_processes(parallel: Any) -> bool:
+    """Whether vLLM will take its executor for worker processes; on CPU that comes later."""
+    from vllm.platforms import current_platform
+
+    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+    backend = parallel.distributed_executor_backend
+    return backend == "mp" or (backend == "uni" and current_platform.is_cpu() and not in_process)
 
 
 def _logger() -> Any:

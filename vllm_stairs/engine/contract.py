@@ -91,6 +91,15 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook(_RUNNER, "GPUModelRunner._update_states", "self scheduler_output", "follows requests"),
     _hook(_RUNNER, "GPUModelRunner.execute_model", "self scheduler_output", "timed"),
+    _hook(_RUNNER, "GPUModelRunner.sample_tokens", "self grammar_output", "at once, if it can be"),
+    _hook(_RUNNER, "GPUModelRunner.take_draft_token_ids", "self", "where drafts are written"),
+    _hook("v1.engine.core", "EngineCore.post_step", "self model_executed", "takes drafts last"),
+    _hook(
+        "v1.executor.multiproc_executor",
+        "MultiprocExecutor.take_draft_token_ids",
+        "self",
+        "left out where nobody drafted",
+    ),
     _hook(
         _RUNNER,
         "GPUModelRunner._build_attention_metadata",
@@ -311,6 +320,26 @@ HOOKS: tuple[Hook, ...] = (
     _hook("v1.metrics.loggers", "StatLoggerBase", None, "metrics"),
     _hook("forward_context", "set_forward_context", "attn_metadata vllm_config", "draft pass"),
     _hook("utils.torch_utils", "async_tensor_h2d", "data device", "transfers"),
+    _hook("distributed.parallel_state", "get_tp_group", "", "one rank decides heights"),
+    _hook(
+        "distributed.parallel_state",
+        "GroupCoordinator",
+        None,
+        "one rank decides heights",
+        "world_size",
+        "cpu_group",
+        "ranks",
+    ),
+    _hook("utils.cpu_resource_utils", "get_allowed_cpu_list", "", "binding of threads"),
+    _hook(
+        "utils.cpu_resource_utils",
+        "LogicalCPUInfo",
+        None,
+        "binding of threads",
+        "id",
+        "physical_core",
+        "numa_node",
+    ),
 )
 
 

@@ -69,7 +69,9 @@ class Counters:
         """Counters in a shared file; in private memory if there is none (another host)."""
         size = cls.num_values(max_height)
         if path is not None and Path(path).is_file():
-            return cls(np.memmap(path, dtype=np.float64, mode="r+", shape=(size,)), max_height)
+            shared = np.memmap(path, dtype=np.float64, mode="r+", shape=(size,))
+            # As an ordinary array: each operation on a memmap makes a new one.
+            return cls(np.asarray(shared), max_height)
         return cls(np.zeros(size), max_height)
 
     def observe(self, heights: np.ndarray, num_accepted: np.ndarray) -> None:

@@ -2,18 +2,21 @@
 
 One mixin serves the CPU and the CUDA runner. It takes the place of vLLM's drafting at the one
 method where vLLM decides who drafts, ``propose_draft_token_ids``, after vLLM's bookkeeping: the
-text of every request is then on the host.
+text of every request is then on the host. There only the decision is made. The drafts are written
+in ``take_draft_token_ids``, when the engine asks for them: by then this step's tokens are on their
+way to the clients.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
@@ -22,6 +25,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_stairs.config import request_max_height
 from vllm_stairs.engine.acceptor import StairsRejectionSampler, needs_plain_sampling
+from vllm_stairs.engine.decider import HeightDecider
+from vllm_stairs.engine.executor import DRAFTS_FOLLOW
 from vllm_stairs.engine.metrics import OPT_OUT, SAMPLING, Counters
 from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
@@ -42,6 +47,18 @@ class _Candidate(NamedTuple):
     room: int
     remaining: int
     reason: str | None
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Who is to draft when the engine asks for it."""
+
+    candidates: list[_Candidate]
+    """The requests that go on."""
+    heights: list[int]
+    """How far each drafts, 0 for those who do not; under a policy a ceiling."""
+    sampling_metadata: Any
+    """Of vLLM's whole input batch."""
 
 
 def _draft_batch(candidates: Sequence[_Candidate], heights: Sequence[int]) -> DraftBatch:
@@ -83,15 +100,22 @@ class StairsModelRunnerMixin:
             self.stairs_record = open(config.stairs.record, "a", buffering=1)  # noqa: SIM115
         self._stairs_drafted: dict[str, tuple[list[int], list[float]]] = {}
         self._stairs_target_seconds = 0.0
-        self.stairs_policy: RaggedPolicy | None = None
+        self.stairs_decider: HeightDecider | None = None
         if config.stairs.height == "auto":
-            share = self.drafter.weights_share()
-            guess = {} if share is None else {"draft_share": min(share, 1.0)}
-            self.stairs_policy = RaggedPolicy(config.num_speculative_tokens, **guess)
+            self.stairs_decider = self._make_decider(config.num_speculative_tokens)
+        self._stairs_pending: _Pending | None = None
         self._stairs_draft_seconds = 0.0
         self._stairs_step_start = 0.0
 
     # ----------------------------------------------------------------------- start-up
+
+    def _make_decider(self: Any, max_height: int) -> HeightDecider:
+        policy = None
+        if get_tensor_model_parallel_rank() == 0:
+            share = self.drafter.weights_share()
+            guess = {} if share is None else {"draft_share": min(share, 1.0)}
+            policy = RaggedPolicy(max_height, **guess)
+        return HeightDecider(policy, get_tp_group())
 
     def initialize_kv_cache(
         self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
@@ -152,8 +176,8 @@ class StairsModelRunnerMixin:
             self.stairs_limits.pop(req_id, None)
             self._stairs_drafted.pop(req_id, None)
             ledger.release(req_id)
-        if self.stairs_policy is not None:
-            self.stairs_policy.forget(list(scheduler_output.finished_req_ids))
+        if self.stairs_decider is not None:
+            self.stairs_decider.forget(list(scheduler_output.finished_req_ids))
         for new in scheduler_output.scheduled_new_reqs:
             self.stairs_limits[new.req_id] = _limits(new, self.num_spec_tokens)
             ledger.admit(new.req_id, new.block_ids[group], new.num_computed_tokens)
@@ -172,14 +196,20 @@ class StairsModelRunnerMixin:
     # --------------------------------------------------------------------------- scorer
 
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Also time the target's pass."""
+        """Also time the target's pass; and sample at once where no grammar is awaited."""
         start = self._stairs_step_start = time.perf_counter()
-        try:
-            return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            if scheduler_output.total_num_scheduled_tokens:
-                self._stairs_target_seconds = time.perf_counter() - start
-                self.stairs_counters.add_time("target", self._stairs_target_seconds)
+        self._stairs_pending = None
+        output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        if not scheduler_output.total_num_scheduled_tokens:
+            return output
+        self._stairs_target_seconds = time.perf_counter() - start
+        self.stairs_counters.add_time("target", self._stairs_target_seconds)
+        if self.execute_model_state is not None and not (
+            scheduler_output.has_structured_output_requests
+        ):
+            # The engine would ask for it next; only a grammar is worth a message of its own.
+            return self.sample_tokens(None)
+        return output
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Also lay the stairs out as rows of their own, where the expanded layout is wanted."""
@@ -261,55 +291,54 @@ class StairsModelRunnerMixin:
         common_attn_metadata: Any,
         slot_mappings: Any,
     ) -> list[list[int]]:
-        """Write the next staircases; see ``GPUModelRunner.propose_draft_token_ids``.
+        """Decide who drafts; see ``GPUModelRunner.propose_draft_token_ids``.
 
         Args:
             sampled_token_ids: per row the tokens of this step, empty in mid-prefill; vLLM's
                 bookkeeping has appended them to the host's token ids already.
 
         Returns:
-            Per row its drafts, of any length up to the largest height.
+            Per row no drafts: they are written when they are taken.
         """
         start = time.perf_counter()
         heights_before = self.num_decode_draft_tokens.np[: len(sampled_token_ids)]
         self._observe(sampled_token_ids, heights_before, scheduler_output)
 
-        drafts: list[list[int]] = [[] for _ in self.input_batch.req_ids]
         candidates = self._candidates(
             sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule, sampling_metadata
         )
-        if self.stairs_policy is None:
-            able = [c for c in candidates if c.room]
-            batch = _draft_batch(able, [c.room for c in able])
-            if len(batch):
-                written = self._draft(batch, sampling_metadata)
-                for row, token_ids in zip(batch.rows.tolist(), written.token_ids, strict=True):
-                    drafts[row] = token_ids
-        elif candidates:
-            self._draft_what_pays(self.stairs_policy, candidates, sampling_metadata, drafts, start)
+        heights = self._plan(candidates) if candidates else []
+        if any(heights):
+            self._stairs_pending = _Pending(candidates, heights, sampling_metadata)
         self._stairs_draft_seconds = time.perf_counter() - start
         self.stairs_counters.add_time("draft", self._stairs_draft_seconds)
-        return drafts
+        return [[] for _ in self.input_batch.req_ids]
 
-    def _draft_what_pays(
-        self: Any,
-        policy: RaggedPolicy,
-        candidates: list[_Candidate],
-        sampling_metadata: Any,
-        drafts: list[list[int]],
-        start: float,
-    ) -> None:
-        """Let the policy decide who drafts, when each stops, and what the target verifies.
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        """Also say whether there will be drafts to take."""
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        setattr(output, DRAFTS_FOLLOW, self._stairs_pending is not None)
+        return output
 
-        Args:
-            policy: decides.
-            candidates: the requests that go on.
-            sampling_metadata: of vLLM's whole input batch.
-            drafts: per row of the input batch; is filled in.
-            start: when this step's proposing began (``time.perf_counter``).
-        """
+    def take_draft_token_ids(self: Any) -> Any:
+        """Write the next staircases; see ``GPUModelRunner.take_draft_token_ids``."""
+        pending, self._stairs_pending = self._stairs_pending, None
+        if pending is not None:
+            start = time.perf_counter()
+            # The time that deciding took is part of what drafting costs.
+            self._write(pending, start - self._stairs_draft_seconds)
+            seconds = time.perf_counter() - start
+            self._stairs_draft_seconds += seconds
+            self.stairs_counters.add_time("draft", seconds)
+        return super().take_draft_token_ids()  # type: ignore[misc]
+
+    def _plan(self: Any, candidates: list[_Candidate]) -> list[int]:
+        """Who drafts how far: all they can, or what the policy says."""
+        decider: HeightDecider | None = self.stairs_decider
+        if decider is None:
+            return [c.room for c in candidates]
         req_ids = self.input_batch.req_ids
-        plan = policy.plan(
+        heights, reasons = decider.plan(
             [req_ids[c.row] for c in candidates],
             [c.room for c in candidates],
             # The usual step leaves the newest token, and the last draft if all were kept.
@@ -317,27 +346,40 @@ class StairsModelRunnerMixin:
             [c.remaining for c in candidates],
             [c.reason for c in candidates],
         )
-        self.stairs_counters.count_off(plan.reasons)
-        self.stairs_counters.set_gain(policy.gain)
-        if not plan.active:
-            return
-        chosen = list(plan.active)
-        batch = _draft_batch([candidates[i] for i in chosen], [plan.heights[i] for i in chosen])
+        self.stairs_counters.count_off(reasons)
+        self.stairs_counters.set_gain(decider.gain or 0.0)
+        return heights
+
+    def _write(self: Any, pending: _Pending, start: float) -> None:
+        """Write drafts; a policy also decides when each stops and what the target verifies.
+
+        Args:
+            pending: who drafts.
+            start: when this step's drafting began (``time.perf_counter``).
+        """
+        decider: HeightDecider | None = self.stairs_decider
+        chosen = [i for i, height in enumerate(pending.heights) if height]
+        batch = _draft_batch(
+            [pending.candidates[i] for i in chosen], [pending.heights[i] for i in chosen]
+        )
         after_first = 0.0
 
         def go_on(confidences: list[float]) -> list[int]:
             nonlocal after_first
+            assert decider is not None
             elapsed = time.perf_counter() - start
             after_first = after_first or elapsed
-            return policy.proceed(plan, confidences, elapsed * 1e3)
+            return decider.proceed(confidences, elapsed * 1e3)
 
-        written = self._draft(batch, sampling_metadata, go_on)
-        # Which drafts to verify may depend on their confidence only where they were not drawn.
-        heights = policy.settle(plan, may_trim=written.probabilities is None)
+        written = self._draft(batch, pending.sampling_metadata, go_on if decider else None)
+        heights = pending.heights
+        if decider is not None:
+            # Which drafts to verify may depend on their confidence only where none was drawn.
+            heights = decider.settle(len(heights), may_trim=written.probabilities is None)
+            total = time.perf_counter() - start
+            decider.drafted(after_first * 1e3, (total - after_first) * 1e3)
         for i, token_ids in zip(chosen, written.token_ids, strict=True):
-            drafts[candidates[i].row] = token_ids[: heights[i]]
-        total = time.perf_counter() - start
-        policy.drafted(plan, after_first * 1e3, (total - after_first) * 1e3)
+            self._draft_token_ids[pending.candidates[i].row] = token_ids[: heights[i]]
 
     def _draft(
         self: Any,
@@ -429,9 +471,9 @@ class StairsModelRunnerMixin:
         emitted = np.fromiter(map(len, sampled_token_ids), np.int64, len(sampled_token_ids))
         staircases = (heights >= 0) & (emitted > 0)
         self.stairs_counters.observe(heights[staircases], emitted[staircases] - 1)
-        if self.stairs_policy is not None:
+        if self.stairs_decider is not None:
             rows = np.flatnonzero(staircases).tolist()
-            self.stairs_policy.observe(
+            self.stairs_decider.observe(
                 [self.input_batch.req_ids[row] for row in rows],
                 heights[rows].tolist(),
                 (emitted[rows] - 1).tolist(),

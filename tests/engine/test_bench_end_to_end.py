@@ -15,7 +15,7 @@ PROMPTS = [
     "yes no true false null",
     "the sky the sun the green blue",
 ]
-ARMS = ["plain", f"draft_model:k={HEIGHT}", f"stairs:k={HEIGHT}"]
+ARMS = ["plain", f"draft_model:k={HEIGHT}", f"stairs:k={HEIGHT},height=fixed"]
 
 
 @pytest.fixture(scope="module")

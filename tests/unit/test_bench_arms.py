@@ -2,6 +2,7 @@ import pytest
 
 from vllm_stairs.bench import arms
 from vllm_stairs.bench.errors import BenchError
+from vllm_stairs.config import StairsOptions
 
 
 def test_plain_has_no_speculative_config():
@@ -46,6 +47,14 @@ def test_stairs_options_get_their_prefix_and_labels_can_be_given():
         "revision": "main",
     }
     assert arm.height == 8
+
+
+def test_stairs_arms_say_how_heights_are_chosen():
+    def height(text: str) -> str:
+        return (arms.parse(text, "d").speculative_config or {})["stairs_height"]
+
+    assert height("stairs:k=4") == StairsOptions().height == "auto"
+    assert height("stairs:k=4,height=fixed") == "fixed"
 
 
 def test_an_arm_can_name_its_own_draft():

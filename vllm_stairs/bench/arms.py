@@ -66,9 +66,7 @@ def parse(text: str, draft: str | None) -> Arm:
             raise BenchError(f"arm {text!r}: plain takes no options")
         return Arm(label, method)
     config: dict[str, Any] = {"method": method}
-    height = options.pop("k", 4)
-    if not isinstance(height, int) or isinstance(height, bool) or height < 1:
-        raise BenchError(f"arm {text!r}: k must be a whole number of at least 1")
+    height = _count(text, "k", options.pop("k", 4))
     if method == "stairs" and height > MAX_NUM_SPECULATIVE_TOKENS:
         raise BenchError(f"arm {text!r}: k must be at most {MAX_NUM_SPECULATIVE_TOKENS} for stairs")
     config["num_speculative_tokens"] = height
@@ -99,9 +97,11 @@ def parse(text: str, draft: str | None) -> Arm:
         config[name] = value
     if method == "stairs":
         try:
-            parse_options({k: v for k, v in config.items() if k.startswith(OPTION_PREFIX)})
+            given = parse_options({k: v for k, v in config.items() if k.startswith(OPTION_PREFIX)})
         except ValueError as error:
             raise BenchError(f"arm {text!r}: {error}") from None
+        # A result has to say it: readers treat heights that are chosen differently.
+        config.setdefault("stairs_height", given.height)
     return Arm(label, method, config)
 
 
@@ -125,15 +125,15 @@ def default_arms(draft: str | None) -> list[str]:
         "draft_model:k=4",
         "draft_model:k=4,table=1-4:4/5-16:2/17-4096:1",
         "ngram:k=4",
-        "stairs:k=2",
+        "stairs:k=4,height=fixed",
         "stairs:k=4",
     ]
 
 
 def sweep_arms(heights: Sequence[int], *, stock: bool) -> list[str]:
     """The paper's sweep over the size of the assistant's batch, as arms."""
-    methods = ("draft_model", "stairs") if stock else ("stairs",)
-    return ["plain", *(f"{method}:k={height}" for method in methods for height in heights)]
+    fixed = [f"stairs:k={height},height=fixed" for height in heights]
+    return ["plain", *(f"draft_model:k={height}" for height in heights if stock), *fixed]
 
 
 def _options(text: str, rest: str) -> dict[str, Any]:

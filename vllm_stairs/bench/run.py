@@ -138,7 +138,9 @@ class Run:
     def _record_arm(self) -> Arm:
         """The arm that writes the record; the path is no part of its text, it may hold commas."""
         assert self.record is not None
-        arm = arms_module.parse(f"record@stairs:k={self.record_height}", self.settings.draft)
+        arm = arms_module.parse(
+            f"record@stairs:k={self.record_height},height=fixed", self.settings.draft
+        )
         path = str(self.record.resolve())
         return replace(
             arm, speculative_config={**(arm.speculative_config or {}), "stairs_record": path}

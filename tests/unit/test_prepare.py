@@ -215,3 +215,16 @@ def test_the_real_target_if_it_is_prepared():
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert "<|im_start|>user\nHi<|im_end|>" in chat
+
+
+def test_hostile_draft_is_sure_of_what_it_writes(target, tmp_path):
+    def confidence(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.inference_mode():
+            logits = model(torch.arange(3, 40)[None]).logits[0]
+        return logits.softmax(-1).amax(-1).mean()
+
+    prepare.random_draft(target, tmp_path / "random")
+    prepare.random_draft(target, tmp_path / "hostile", sure=True)
+    assert confidence(tmp_path / "random") < 0.1
+    assert confidence(tmp_path / "hostile") > 0.8

@@ -27,6 +27,13 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
             shutil.copyfile(source / name, destination / name)
 
 
+def check_own(out_dir: Path, marker: str, failure: type[Exception]) -> None:
+    """Raise ``failure`` if ``out_dir`` is there without the file ``marker``: then it is the
+    user's."""
+    if out_dir.exists() and not (out_dir / marker).is_file():
+        raise failure(f"{out_dir} exists but was not made by this command: move it away")
+
+
 @contextmanager
 def new_folder(out_dir: Path, marker: str, failure: type[Exception]) -> Iterator[Path]:
     """A folder to write into; it takes its place only when the block ends well.
@@ -37,8 +44,7 @@ def new_folder(out_dir: Path, marker: str, failure: type[Exception]) -> Iterator
             without it is the user's, and is left alone.
         failure: what to raise, with one line for the user.
     """
-    if out_dir.exists() and not (out_dir / marker).is_file():
-        raise failure(f"{out_dir} exists but was not made by this command: move it away")
+    check_own(out_dir, marker, failure)
     folder = out_dir.with_name(f".{out_dir.name}.partial")
     try:
         with writing(out_dir, failure):

@@ -7,6 +7,9 @@ compares token ids.
 import contextlib
 import functools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,8 @@ def stairs(model: Path, draft: Path, height: int = 8, **kwargs: Any) -> LLM:
     }
     if "max_model_len_draft" in config:
         config["max_model_len"] = config.pop("max_model_len_draft")
+    # What `auto` drafts depends on measured times: only its own tests ask for it.
+    config.setdefault("stairs_height", "fixed")
     config |= {"method": "stairs", "model": str(draft), "num_speculative_tokens": height}
     return _engine(str(model), json.dumps(config, sort_keys=True), json.dumps(kwargs))
 
@@ -51,6 +56,94 @@ def stairs(model: Path, draft: Path, height: int = 8, **kwargs: Any) -> LLM:
 def _engine(model: str, speculative_config: str | None, kwargs: str) -> LLM:
     config = json.loads(speculative_config) if speculative_config else None
     return LLM(model=model, speculative_config=config, **{**COMMON, **json.loads(kwargs)})
+
+
+_PARALLEL_SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    llm = LLM(**job["engine"])
+    if job["dice"] is not None:
+        from tests.engine.dice import roll
+        llm.collective_rpc(roll, args=(job["dice"],))
+    result = []
+    for heights in job["heights"]:
+        params = [SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True,
+                  extra_args={"stairs_max_height": h}) for h in heights]
+        outputs = llm.generate(job["prompts"], params, use_tqdm=False)
+        result.append([list(o.outputs[0].token_ids) for o in outputs])
+    print("RESULT " + json.dumps([result, llm.collective_rpc("stairs_statistics")]))
+"""
+
+
+def tensor_parallel_2(
+    model: Path,
+    draft: Path,
+    prompts: Sequence[str],
+    heights: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    max_tokens: int,
+    dice: int | None = None,
+    **options: Any,
+) -> tuple[list[list[list[int]]], dict[str, Any]]:
+    """Write greedily with stairs (K = 4) in an engine of its own with two worker processes.
+
+    Args:
+        model: the target.
+        draft: the draft.
+        prompts: texts.
+        heights: of each batch, the greatest height of each prompt.
+        folder: for the script.
+        max_tokens: of each answer.
+        dice: the seed of a policy that decides at random, on the rank that decides.
+        options: ``stairs_*``.
+
+    Returns:
+        Token ids per batch and prompt, and the counters of the method, which are the same on
+        both ranks but for the times and what only the deciding rank knows.
+    """
+    job = {
+        "engine": {
+            **COMMON,
+            "model": str(model),
+            "max_num_seqs": 8,
+            "tensor_parallel_size": 2,
+            "speculative_config": {
+                "method": "stairs",
+                "model": str(draft),
+                "num_speculative_tokens": 4,
+                "stairs_height": "fixed",
+                **options,
+            },
+        },
+        "prompts": prompts,
+        "heights": heights,
+        "max_tokens": max_tokens,
+        "dice": dice,
+    }
+    script = folder / "tp2.py"  # A file: vLLM spawns its workers.
+    script.write_text(_PARALLEL_SCRIPT)
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # For the function that brings the dice.
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, run.stderr[-3000:]
+    outputs, (counters, others) = json.loads(lines[0].removeprefix("RESULT "))
+    for name in ("heights", "accepted"):
+        assert counters[name] == others[name], "the ranks have verified different staircases"
+    return outputs, counters
 
 
 def token_ids(llm: LLM, prompts: Sequence[Any], params: Any) -> list[list[list[int]]]:

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,18 @@ import torch
 from safetensors.torch import load_file
 from vllm import LLM
 
-from tests.engine.engines import greedy, plain, stairs, statistics, token_ids
+from tests.engine.engines import (
+    greedy,
+    plain,
+    stairs,
+    statistics,
+    tensor_parallel_2,
+    token_ids,
+)
 from tests.engine.test_arguments import build, error, parse
 from tests.engine.test_distribution import exact_distribution, p_value, sample
 from tests.engine.test_identity import prompts
 from tests.engine.test_sampling_params import PARAMETERS, STRUCTURES
-from tests.engine.test_tensor_parallel import SCRIPT
 from tests.tiny import VOCAB_SIZE, WORDS, TinyModels, copy_model
 from vllm_stairs.engine.proposer import most_likely
 from vllm_stairs.engine.trimmed_head import CannotTrimError, trim_head
@@ -285,47 +288,11 @@ def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path) -> None:
     reference = plain(tiny.target)
     expected = [samples[0] for samples in token_ids(reference, texts, greedy(30))]
     lacking = set(random.Random(7).sample(range(3, len(WORDS)), 10))
-    job = {
-        "engine": {
-            "model": str(tiny.target),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "max_num_seqs": 8,
-            "block_size": 32,
-            "kv_cache_memory_bytes": 64 * 2**20,
-            "tensor_parallel_size": 2,
-            "disable_log_stats": True,
-            "speculative_config": {
-                "method": "stairs",
-                "model": str(tiny.target),
-                "num_speculative_tokens": 4,
-                "stairs_draft_vocab": ids_file(tmp_path, set(range(VOCAB_SIZE)) - lacking),
-            },
-        },
-        "prompts": texts,
-        "heights": [[4] * 4],
-    }
-    script = tmp_path / "tp2.py"
-    script.write_text(SCRIPT)
-    env = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    }
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
+    kept = ids_file(tmp_path, set(range(VOCAB_SIZE)) - lacking)
+    outputs, stats = tensor_parallel_2(
+        tiny.target, tiny.target, texts, [[4] * 4], tmp_path, max_tokens=30, stairs_draft_vocab=kept
     )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stderr[-3000:]
-    outputs, stats = json.loads(lines[0].removeprefix("RESULT "))
     assert outputs == [expected]
-    # A draft is rejected only where the target says what the draft cannot.
     # A staircase is not kept whole only where the target says what the draft cannot, and at the
     # end of a request, where it is less tall.
     said = sum(i in lacking for text in expected for i in text)

@@ -23,8 +23,6 @@ END = 2
 class Counting:
     """Writes the ids after the last one, then ends."""
 
-    name = "counting"
-
     def __init__(self) -> None:
         self.requests: list[Request] = []
 

@@ -1,6 +1,7 @@
 """Losses, acceptance, labels, against what they are defined by."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import TinyModels
 from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.acceptance import Acceptance, Text, stretches, walk
+from vllm_stairs.distill.batching import batches, padded
+from vllm_stairs.distill.conversations import GIVEN, GREEDY, Talk
 from vllm_stairs.distill.labels import label
 from vllm_stairs.distill.losses import distance
-from vllm_stairs.distill.shards import Shard
-from vllm_stairs.distill.training import trained_ids
+from vllm_stairs.distill.prompts import Seed
+from vllm_stairs.distill.shards import Folder, Shard
+from vllm_stairs.distill.training import Examples, Recipe, frequencies, train, trained_ids
 
 
 def coarsen(p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -138,4 +142,63 @@ def test_labels_are_the_targets_distribution(tiny: TinyModels) -> None:
 
 def test_the_trained_ids_are_the_frequent_ones() -> None:
     counts = np.array([0, 10_000_000, 5, 3, 0, 20_000_000, 30_000])
-    assert trained_ids(counts).tolist() == [1, 5, 6]
+    assert trained_ids(counts, Recipe().head_coverage).tolist() == [1, 5, 6]
+    assert trained_ids(counts, 0.5).tolist() == [5]
+    assert trained_ids(counts, 1.0).tolist() == [1, 2, 3, 5, 6]
+
+
+def test_batches_hold_every_text_once_and_not_too_much() -> None:
+    lengths = [3, 50, 4, 3, 1, 20, 4]
+    found = list(batches(lengths, 12))
+    assert found == [[4, 0, 3], [2, 6], [5], [1]]  # Of 1, 3 and 3 tokens; a fourth would be 16.
+    assert list(batches([], 12)) == []
+    texts = [np.array([5, 6], np.int32), np.array([7], np.int32)]
+    assert padded(texts).tolist() == [[5, 6], [7, 0]]
+
+
+def test_what_a_training_that_goes_on_must_have_in_common() -> None:
+    # The names of trainings that were begun before the others could be chosen.
+    assert set(Recipe().identity()) == {
+        "loss", "learning_rate", "epochs", "batch", "evaluations", "patience", "mixed_precision",
+        "seed",
+    }  # fmt: skip
+    assert Recipe(max_minutes=1.0).identity() == Recipe().identity()
+    assert Recipe(head_coverage=0.9).identity() != Recipe().identity()
+
+
+def test_a_training_stops_at_its_limit_and_goes_on(tiny: TinyModels, tmp_path: Path) -> None:
+    data = Folder(tmp_path / "data", {})
+    draw = np.random.default_rng(0)
+    talks = []
+    for number in range(400):
+        seed = Seed(str(number), "g", ())
+        talk = Talk(seed, greedy=True, past_the_end=False, temperature=0.0)
+        talk.add(draw.integers(3, 60, 4).tolist(), GIVEN)
+        talk.add(draw.integers(3, 60, 12).tolist(), GREEDY)
+        talks.append(talk)
+    target = AutoModelForCausalLM.from_pretrained(tiny.target).eval()
+    label(data.save(0, talks, set()), target, 4).save(data.labels_file(0))
+
+    def learn(max_minutes: float | None) -> tuple[list[float], str]:
+        recipe = Recipe(
+            epochs=1, batch=16, evaluations=1, mixed_precision=False, max_minutes=max_minutes
+        )
+        draft = AutoModelForCausalLM.from_pretrained(tiny.cut)
+        counts = frequencies([data], draft.config.vocab_size)
+        said: list[str] = []
+        found, curve = train(
+            draft, [data], recipe, tmp_path / "training", counts=counts, device="cpu",
+            say=said.append,
+        )  # fmt: skip
+        assert found["g"].positions > 0
+        return [point["step"] for point in curve], "\n".join(said)
+
+    steps, said = learn(1e-9)
+    assert steps == [0, 1]
+    assert "stopping after 1e-09 minutes, at step 1" in said
+    steps, said = learn(1e-9)
+    assert steps == [0, 1, 2]
+    assert "going on from step 1" in said
+    steps, said = learn(None)
+    assert steps == [0, 1, 2, len(Examples([data])) // 16]
+    assert "stopping" not in said

@@ -1,6 +1,7 @@
 """Train a draft for a target: ``vllm-stairs distill``.
 
-The stages, each of which can be interrupted and goes on where it stopped:
+The stages (:mod:`run`), each of which can be interrupted and goes on where it stopped, by what
+they are made of:
 
 * :mod:`prompts`: varied prompts, built in or given;
 * :mod:`conversations`: the target writes its own continuations (:mod:`generators`), stored in

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_stairs.distill.batching import batches, padded
+
 HEIGHT = 4
 """Draft tokens a step for which figures are stated."""
 
@@ -98,15 +100,12 @@ def mean(groups: Mapping[str, Acceptance]) -> tuple[float, float]:
     )
 
 
-def measure(
-    model: Any, texts: Sequence[Text], *, tokens_at_once: int = 4096
-) -> dict[str, Acceptance]:
+def measure(model: Any, texts: Sequence[Text]) -> dict[str, Acceptance]:
     """Judge a draft.
 
     Args:
         model: the draft, on its device.
         texts: greedy text of the target.
-        tokens_at_once: tokens of one forward pass, padding included.
 
     Returns:
         The acceptance by group.
@@ -117,12 +116,10 @@ def measure(
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for batch in _batches(texts, tokens_at_once):
-            longest = max(len(t.tokens) for t in batch)
-            ids = np.zeros((len(batch), longest), np.int64)
-            for row, text in enumerate(batch):
-                ids[row, : len(text.tokens)] = text.tokens
-            hidden = model.model(input_ids=torch.from_numpy(ids).to(model.device)).last_hidden_state
+        for numbers in batches([len(text.tokens) for text in texts]):
+            batch = [texts[number] for number in numbers]
+            ids = torch.from_numpy(padded([text.tokens for text in batch]))
+            hidden = model.model(input_ids=ids.to(model.device)).last_hidden_state
             for row, text in enumerate(batch):
                 places = np.flatnonzero(text.greedy[1:])
                 if not len(places):
@@ -141,14 +138,3 @@ def stretches(greedy: npt.NDArray[np.bool_]) -> Iterable[slice]:
     """The runs of tokens that are greedy."""
     edges = np.flatnonzero(np.diff(np.r_[0, greedy.astype(np.int8), 0]))
     return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _batches(texts: Sequence[Text], tokens_at_once: int) -> Iterable[list[Text]]:
-    batch: list[Text] = []
-    for text in sorted(texts, key=lambda t: len(t.tokens)):
-        if batch and (len(batch) + 1) * len(text.tokens) > tokens_at_once:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch

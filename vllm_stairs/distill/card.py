@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill.acceptance import HEIGHT, Acceptance, mean
-from vllm_stairs.distill.shards import Folder
+from vllm_stairs.distill.settings import Settings
 from vllm_stairs.versions import __version__
+
+if TYPE_CHECKING:
+    from vllm_stairs.distill.training import Recipe
 
 
 def table(groups: Mapping[str, Acceptance]) -> str:
@@ -26,22 +29,28 @@ def table(groups: Mapping[str, Acceptance]) -> str:
 
 def text(
     *,
-    settings: Any,
-    shape: Any,
-    recipe: Any,
-    folders: Sequence[Folder],
-    before: Mapping[str, Acceptance],
-    after: Mapping[str, Acceptance],
+    settings: Settings,
+    recipe: "Recipe",
+    written: int,
+    by_group: Mapping[str, Acceptance],
     curve: Sequence[Mapping[str, float]],
     minutes: float,
     model: Any,
 ) -> str:
-    """The card, as Markdown with the metadata block that model hubs read."""
+    """The card, as Markdown with the metadata block that model hubs read.
+
+    Args:
+        settings: of the data.
+        recipe: of the training.
+        written: tokens of the data that were not given.
+        by_group: held-out acceptance of the trained draft.
+        curve: of held-out acceptance over the steps; its first point is the untrained draft.
+        minutes: of training in the last session.
+        model: the draft.
+    """
     name = Path(settings.target).name
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    written = sum(shard.written for folder in folders for shard in folder.shards())
-    first, length = mean(before)
     given = settings.prompts
     source = f"prompts of {given.name}" if given else "prompts it wrote itself"
     points = "\n".join(
@@ -62,15 +71,15 @@ own `draft_model`, Transformers' assisted generation). By itself it is a poor la
 {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {weights:,} weights,
 {trained:,} of them trained; the rest are the target's own. Made by `vllm-stairs distill`
 {__version__} from {written:,} tokens that the target wrote to {source};
-{recipe.epochs:g} passes, loss `{recipe.loss}`, {minutes:.0f} minutes in the last session.
+at most {recipe.epochs:g} passes, loss `{recipe.loss}`, {minutes:.0f} minutes in the last session.
 
 ## Acceptance
 
 On held-out conversations of the training's kind, greedy: share of staircases of K={HEIGHT} whose
-token at each position the target keeps. Untrained: first position {first:.3f}, acceptance length
-{length:.2f}.
+token at each position the target keeps. Untrained: first position
+{curve[0]["eval_acceptance"]:.3f}, acceptance length {curve[0]["eval_acceptance_length"]:.2f}.
 
-{table(after)}
+{table(by_group)}
 
 | step | first position | acceptance length |
 | --- | --- | --- |

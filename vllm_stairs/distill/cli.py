@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.folders import check_own, is_disk_full
 
 DESCRIPTION = "Train a draft for a target; see docs/distill.md."
 
@@ -70,6 +71,10 @@ def add_parser(subparsers: Any) -> None:
     train("--evaluations", type=int, default=10, metavar="N", help="on the way")
     train("--patience", type=int, default=3, metavar="N", help="evaluations without a gain")
     train("--full-precision", action="store_true", help="no bfloat16 in training")
+    train("--head-coverage", type=float, default=0.9998, metavar="SHARE", help="of the data whose "
+          "ids the loss is computed over, the most frequent ones; default: 0.9998")  # fmt: skip
+    train("--max-minutes", type=float, metavar="M", help="of training; the best state so far "
+          "is then the draft, and the same command goes on")  # fmt: skip
     train("--on-policy-rounds", type=int, default=0, metavar="N",
           help="the draft writes, the target judges, the draft learns; so many times")  # fmt: skip
 
@@ -93,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     except DistillError as error:
         print(f"vllm-stairs distill: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno == 28:
+    except Exception as error:
+        if is_disk_full(error):
             print("vllm-stairs distill: error: the disk is full", file=sys.stderr)
             return 2
         raise
@@ -152,13 +157,23 @@ class _Reporter:
 
 def _settings(args: argparse.Namespace) -> Any:
     from vllm_stairs.distill.conversations import Manner
-    from vllm_stairs.distill.run import Settings, check_target, device_of, target_folder
+    from vllm_stairs.distill.device import device_of
+    from vllm_stairs.distill.run import Settings
+    from vllm_stairs.distill.target import check_target, target_folder
 
-    for name, least in (("tokens", 0), ("answer_tokens", 1), ("keep", 1), ("batch", 1)):
+    at_least_one = ("answer_tokens", "keep", "batch", "evaluations")
+    for name, least in (("tokens", 0), *((name, 1) for name in at_least_one)):
         if getattr(args, name) < least:
             raise DistillError(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 <= args.greedy_share <= 1:
         raise DistillError("--greedy-share is a share: 0 to 1")
+    if not 0 < args.head_coverage <= 1:
+        raise DistillError("--head-coverage is a share: above 0, at most 1")
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        raise DistillError("--max-minutes must be above 0")
+    if args.max_minutes is not None and args.on_policy_rounds:
+        # Resumed, the first training would go on, and the rounds had begun with another draft.
+        raise DistillError("--max-minutes does not go with --on-policy-rounds")
     if args.max_length < args.answer_tokens + 32:
         raise DistillError("--max-length must leave room for a question before the answer")
     args.target = target_folder(args.target)
@@ -221,16 +236,17 @@ def _data(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from vllm_stairs.distill import card
     from vllm_stairs.distill.draft import resolve
-    from vllm_stairs.distill.run import check_out, check_target, make_data, make_draft
+    from vllm_stairs.distill.run import MADE_BY, make_data, make_draft
     from vllm_stairs.distill.shards import Folder
+    from vllm_stairs.distill.target import check_target
 
     out = _required(args, "out")
-    check_out(out)
+    check_own(out, MADE_BY, DistillError)
     settings, shape = _settings(args), _shape(args)
     shape = resolve(check_target(settings.target), shape)  # Before hours of writing.
     reporter = _Reporter()
     if args.stage == "train":
-        folders = [Folder(settings.work / "data", settings.data_settings())]
+        folders = [Folder(settings.work / "data", settings.data_settings)]
         if not folders[0].indices():
             raise DistillError(f"no data in {str(settings.work)!r}: run the stage data first")
     else:
@@ -246,6 +262,8 @@ def _train(args: argparse.Namespace) -> int:
         patience=args.patience,
         mixed_precision=not args.full_precision,
         seed=args.seed,
+        head_coverage=args.head_coverage,
+        max_minutes=args.max_minutes,
     )
     found = make_draft(settings, shape, recipe, folders, out, reporter)
     for number in range(1, args.on_policy_rounds + 1):
@@ -292,7 +310,7 @@ def _delta(args: argparse.Namespace) -> int:
         save_delta,
         target_fingerprint,
     )
-    from vllm_stairs.distill.run import check_target
+    from vllm_stairs.distill.target import check_target
 
     folder, target = _required(args, "draft"), Path(args.target)
     if not (folder / "config.json").is_file():

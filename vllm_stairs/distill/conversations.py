@@ -172,7 +172,7 @@ def _let_users_speak(
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
-    requests, writers, openings = [], [], []
+    requests, writers = [], []
     for talk in talks:
         said: Turn = talk.seed.turns[turn]
         opening = ids(said.opening)
@@ -188,15 +188,14 @@ def _let_users_speak(
             at_most = min(said.write_at_most, room)
             requests.append(_request(talk, at_most, manner.user_temperature, False, seed))
             writers.append(talk)
-            openings.append(opening)
-    for talk, opening, written in zip(writers, openings, generator.write(requests), strict=True):
+    for talk, written in zip(writers, generator.write(requests), strict=True):
         words = written.tokens
         if len(words) < SHORTEST_REQUEST or len(set(words)) < FEWEST_DISTINCT * len(words):
             talk.dropped, talk.user_text = turn == 0, []
             talk.end = None
             continue
         talk.add(words, SAMPLED)
-        talk.user_text = [*opening, *words]
+        talk.user_text = [*talk.user_text, *words]
     for talk in talks:
         if talk.user_text:
             closing = ids(talk.seed.turns[turn].closing)

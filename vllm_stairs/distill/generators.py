@@ -38,8 +38,6 @@ class Written:
 class Generator(Protocol):
     """Writes continuations of token ids."""
 
-    name: str
-
     def write(self, requests: Sequence[Request]) -> list[Written]:
         """One continuation a request, in order."""
 
@@ -68,8 +66,6 @@ def start(kind: str, model: str, *, dtype: str, max_length: int, device: str) ->
 
 class VllmGenerator:
     """Plain vLLM, with its defaults."""
-
-    name = "vllm"
 
     def __init__(self, model: str, *, dtype: str, max_length: int, device: str) -> None:
         memory: dict[str, Any] = {}
@@ -145,8 +141,6 @@ def _kv_bytes(model: str, dtype: str) -> int:
 
 class TransformersGenerator:
     """``generate`` of Transformers, requests with equal options together."""
-
-    name = "transformers"
 
     def __init__(self, model: str, *, dtype: str, device: str) -> None:
         import torch

@@ -4,7 +4,7 @@ One forward pass of the target over each conversation; of the distribution at a 
 ``k`` likeliest ids are kept with their log-probabilities, the rest of the mass is implied.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_stairs.distill.batching import batches, padded
 from vllm_stairs.distill.shards import Shard, save_arrays
 
-TOKENS_AT_ONCE = 4096
-"""Tokens of one forward pass, padding included."""
 ROWS_AT_ONCE = 1024
 """Positions whose logits over the whole vocabulary are held at once."""
 
@@ -42,19 +41,6 @@ class Labels:
         return cls(found["ids"], found["log_probabilities"])
 
 
-def batches(shard: Shard, tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[list[int]]:
-    """Conversations of like length together, so that padding is little."""
-    lengths = np.diff(shard.offsets)
-    batch: list[int] = []
-    for number in np.argsort(lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * int(lengths[number]) > tokens_at_once:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
-
-
 def label(
     shard: Shard, model: Any, k: int, progress: Callable[[int], None] = lambda _: None
 ) -> Labels:
@@ -75,14 +61,11 @@ def label(
     log_probabilities = np.zeros((total, k), np.float16)
     device = model.device
     with torch.inference_mode():
-        for batch in batches(shard):
+        for batch in batches(np.diff(shard.offsets).tolist()):
             places = [shard.conversation(n) for n in batch]
-            longest = max(p.stop - p.start for p in places)
-            # Padding stands at the end, where causal attention does not see it.
-            tokens = np.zeros((len(batch), longest), np.int64)
+            tokens = padded([shard.tokens[place] for place in places])
             rows, positions, targets = [], [], []
             for row, place in enumerate(places):
-                tokens[row, : place.stop - place.start] = shard.tokens[place]
                 # The token at position p is foretold at p - 1; nothing foretells the first.
                 found = np.flatnonzero(written[place][1:])
                 rows.append(np.full(len(found), row))
@@ -96,7 +79,7 @@ def label(
                 best, values = _likeliest(model, chosen[part], k)
                 ids[where[part]] = best
                 log_probabilities[where[part]] = values
-            progress(int(written[np.concatenate([np.r_[p] for p in places])].sum()))
+            progress(sum(int(written[place].sum()) for place in places))
     return Labels(ids, log_probabilities)
 
 

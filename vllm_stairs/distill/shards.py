@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_stairs.distill.conversations import GREEDY, Talk
+from vllm_stairs.distill.conversations import Talk
 from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.folders import writing
 
 SETTINGS_FILE = "data.json"
 HELD_OUT_EVERY = 40
@@ -60,21 +61,7 @@ class Folder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        wanted = json.loads(json.dumps(dict(settings)))
-        file = path / SETTINGS_FILE
-        if file.is_file():
-            found = json.loads(file.read_text())
-            different = sorted(
-                k for k in {*found, *wanted} if found.get(k, "?") != wanted.get(k, "?")
-            )
-            if different:
-                raise DistillError(
-                    f"{str(path)!r} holds the data of another run (different: "
-                    f"{', '.join(different)}): choose another --work folder, or the same settings"
-                )
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(wanted, indent=2) + "\n")
+        check_same_run(path / SETTINGS_FILE, settings, "the data")
 
     def file(self, index: int) -> Path:
         """Of shard ``index``, whether it is there or not."""
@@ -165,25 +152,43 @@ def save_arrays(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write a safetensors file beside its place, then rename it.
 
     Raises:
-        DistillError: the disk is full.
+        DistillError: the disk is full, or the place cannot be written.
     """
     from safetensors.numpy import save_file
 
     partial = file.with_suffix(".partial")
     try:
-        save_file(dict(arrays), partial)
-        partial.rename(file)
-    except Exception as error:
+        with writing(file, DistillError):
+            save_file(dict(arrays), partial)
+            partial.rename(file)
+    finally:
         partial.unlink(missing_ok=True)
-        if "No space left" in str(error):
-            raise DistillError(f"the disk is full: no room for {str(file)!r}") from None
-        raise
 
 
-def greedy_region(origin: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Where greedy drafts can be judged: tokens that are the writer's best."""
-    region: npt.NDArray[np.bool_] = origin == GREEDY
-    return region
+def check_same_run(file: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Note in a folder what its contents depend on; refuse to go on there with anything else.
+
+    Args:
+        file: JSON; is written, and its folder made, if it is not there.
+        settings: what the contents depend on.
+        what: they are, for the message.
+
+    Raises:
+        DistillError: the folder was begun with other settings, or cannot be written.
+    """
+    wanted = json.loads(json.dumps(dict(settings)))
+    if not file.is_file():
+        with writing(file, DistillError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(wanted, indent=2) + "\n")
+        return
+    found = json.loads(file.read_text())
+    different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+    if different:
+        raise DistillError(
+            f"{str(file.parent)!r} holds {what} of another run (different: "
+            f"{', '.join(different)}): choose another --work folder, or the same settings"
+        )
 
 
 def _name(tokens: Sequence[int]) -> bytes:

@@ -1,8 +1,9 @@
 """The draft learns to agree with the target, with Transformers' own trainer."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.acceptance import Acceptance, Text
+from vllm_stairs.distill.batching import padded
+from vllm_stairs.distill.conversations import GREEDY
 from vllm_stairs.distill.labels import Labels
 from vllm_stairs.distill.losses import distance
-from vllm_stairs.distill.shards import Folder, Shard, greedy_region
+from vllm_stairs.distill.shards import Folder, Shard
 from vllm_stairs.proposer.vocabulary import covering_ids
-
-HEAD_COVERAGE = 0.9998
-"""The loss is computed over the ids that make up this share of the data: the head over a whole
-vocabulary would take most of the time, for ids that hardly occur."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,25 @@ class Recipe:
     """Stop after so many evaluations without a better acceptance length."""
     mixed_precision: bool = True
     seed: int = 0
+    head_coverage: float = 0.9998
+    """The loss is computed over the most frequent ids that make up this share of the data, above
+    0, at most 1: the head over a whole vocabulary would take most of the time, for ids that hardly
+    occur."""
+    max_minutes: float | None = None
+    """A training that has run for so long stops, is judged and saved; None: no limit. The schedule
+    of the learning rate stays that of ``epochs``."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a training that goes on must have in common with the one that was stopped.
+
+        The limit of time may differ. The share of the ids counts only where it was chosen:
+        trainings begun before it could be are gone on with.
+        """
+        found = asdict(self)
+        del found["max_minutes"]
+        if self.head_coverage == Recipe.head_coverage:
+            del found["head_coverage"]
+        return found
 
 
 class Examples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -86,10 +104,8 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """One batch."""
-        longest = max(len(item["input_ids"]) for item in items)
-        tokens = np.zeros((len(items), longest), np.int64)
-        for row, item in enumerate(items):
-            tokens[row, : len(item["input_ids"])] = item["input_ids"]
+        tokens = padded([item["input_ids"] for item in items])
+        longest = tokens.shape[1]
         return {
             "input_ids": torch.from_numpy(tokens),
             "positions": torch.from_numpy(
@@ -116,6 +132,8 @@ class DraftTrainer(Trainer):
         loss: str,
         held_out: Sequence[Text],
         lengths: list[int],
+        curve_file: Path,
+        say: Callable[[str], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -123,7 +141,8 @@ class DraftTrainer(Trainer):
         self.loss_kind = loss
         self.held_out = held_out
         self.lengths = lengths
-        self.by_group: dict[str, Acceptance] = {}
+        self.curve_file = curve_file
+        self.say = say
         self.curve: list[dict[str, float]] = []
 
     def compute_loss(
@@ -139,12 +158,19 @@ class DraftTrainer(Trainer):
         return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Acceptance on held-out text."""
+        """Acceptance on held-out text: a line for the user, and a point of the curve, which is
+        kept on disk for a run that is resumed."""
         with self.compute_loss_context_manager():
-            self.by_group = acceptance.measure(self.model, self.held_out)
-        first, length = acceptance.mean(self.by_group)
+            by_group = acceptance.measure(self.model, self.held_out)
+        first, length = acceptance.mean(by_group)
         figures = {"eval_acceptance": first, "eval_acceptance_length": length}
-        self.curve.append({"step": self.state.global_step, **figures})
+        step, steps = self.state.global_step, self.args.max_steps
+        self.curve.append({"step": step, **figures})
+        self.curve_file.write_text(json.dumps(self.curve, indent=1) + "\n")
+        self.say(
+            f"step {step} of {steps} ({step / steps:.0%}): held-out first-position acceptance "
+            f"{first:.3f}, acceptance length at K={acceptance.HEIGHT} {length:.2f}"
+        )
         self.log(dict(figures))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, figures
@@ -159,22 +185,22 @@ class DraftTrainer(Trainer):
         )
 
 
-class Lines(TrainerCallback):
-    """A line for the user after each evaluation."""
+class TimeLimit(TrainerCallback):
+    """Ends a training that has run for so many minutes, as its last step would have."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, minutes: float, say: Callable[[str], None]) -> None:
+        self._minutes, self._say = minutes, say
+        self._started = 0.0
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Called by the trainer."""
-        share = state.global_step / max(1, state.max_steps)
-        self._say(
-            f"step {state.global_step} of {state.max_steps} ({share:.0%}): held-out first-position "
-            f"acceptance {metrics['eval_acceptance']:.3f}, acceptance length at "
-            f"K={acceptance.HEIGHT} {metrics['eval_acceptance_length']:.2f}"
-        )
+        self._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the trainer."""
+        if time.monotonic() - self._started >= 60 * self._minutes:
+            self._say(f"stopping after {self._minutes:g} minutes, at step {state.global_step}")
+            control.should_evaluate = control.should_save = control.should_training_stop = True
 
 
 def held_out_texts(folders: Sequence[Folder], at_most: int = 400) -> list[Text]:
@@ -184,7 +210,7 @@ def held_out_texts(folders: Sequence[Folder], at_most: int = 400) -> list[Text]:
         for shard in folder.shards():
             for number in np.flatnonzero(shard.held_out).tolist():
                 place = shard.conversation(number)
-                greedy = greedy_region(shard.origin[place])
+                greedy = shard.origin[place] == GREEDY
                 if greedy.any():
                     group = shard.groups[shard.group[number]]
                     texts.append(Text(shard.tokens[place], greedy, group))
@@ -200,9 +226,9 @@ def frequencies(folders: Sequence[Folder], vocabulary: int) -> npt.NDArray[np.in
     return counts
 
 
-def trained_ids(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The most frequent ids that make up :data:`HEAD_COVERAGE` of the data, ascending."""
-    return np.sort(covering_ids(counts, HEAD_COVERAGE))
+def trained_ids(counts: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
+    """The most frequent ids that make up a share of the data, ascending; see :class:`Recipe`."""
+    return np.sort(covering_ids(counts, share))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -217,6 +243,7 @@ def train(
     recipe: Recipe,
     work: Path,
     *,
+    counts: npt.NDArray[np.int64],
     device: str,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Acceptance], list[dict[str, float]]]:
@@ -227,15 +254,17 @@ def train(
         folders: the data.
         recipe: how.
         work: for checkpoints.
+        counts: :func:`frequencies` of the data. Shape [vocabulary].
         device: ``cpu`` or ``cuda``.
         say: is given lines for the user.
 
     Returns:
-        The held-out acceptance of the best state, by group, and the curve of it over the steps.
+        The held-out acceptance of the best state, by group, and the curve of it over the steps,
+        beginning with the untrained draft.
     """
     examples = Examples(folders)
     held_out = held_out_texts(folders)
-    head_ids = torch.from_numpy(trained_ids(frequencies(folders, draft.config.vocab_size)))
+    head_ids = torch.from_numpy(trained_ids(counts, recipe.head_coverage))
     column = torch.full((draft.config.vocab_size,), -1)
     column[head_ids] = torch.arange(len(head_ids))
     steps = max(1, int(len(examples) * recipe.epochs / recipe.batch))
@@ -267,44 +296,36 @@ def train(
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
+    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(recipe.patience)]
+    if recipe.max_minutes is not None:
+        callbacks.append(TimeLimit(recipe.max_minutes, say))
     trainer = DraftTrainer(
         model=draft,
         args=arguments,
         train_dataset=examples,
         eval_dataset=[],
         data_collator=Collator(column),
-        callbacks=[EarlyStoppingCallback(recipe.patience), Lines(say)],
+        callbacks=callbacks,
         head_ids=head_ids,
         loss=recipe.loss,
         held_out=held_out,
         lengths=examples.lengths(),
+        curve_file=work / "curve.json",
+        say=say,
     )
     say(
         f"training on {len(examples)} conversations, {steps} steps, {len(head_ids)} of "
         f"{draft.config.vocab_size} ids; held out: {len(held_out)}"
     )
-    curve_file = work / "curve.json"
     checkpoint = last_checkpoint(work)
-    if checkpoint is None:
-        trainer.evaluate()
-    else:
-        say(f"going on from step {checkpoint.name.split('-')[1]}")
-        if curve_file.is_file():
-            done = int(checkpoint.name.split("-")[1])
-            trainer.curve += [p for p in json.loads(curve_file.read_text()) if p["step"] <= done]
-    trainer.add_callback(_Curve(trainer, curve_file))
+    if checkpoint is not None:
+        done = int(checkpoint.name.split("-")[1])
+        say(f"going on from step {done}")
+        if trainer.curve_file.is_file():
+            points = json.loads(trainer.curve_file.read_text())
+            trainer.curve = [point for point in points if point["step"] <= done]
+    if not trainer.curve:
+        trainer.evaluate()  # Untrained: the checkpoint is loaded below.
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = acceptance.measure(trainer.model, held_out)
     return best, trainer.curve
-
-
-class _Curve(TrainerCallback):
-    """Keeps the curve on disk, for a run that is resumed."""
-
-    def __init__(self, trainer: DraftTrainer, file: Path) -> None:
-        self._trainer, self._file = trainer, file
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """Called by the trainer."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps(self._trainer.curve, indent=1) + "\n")

@@ -1,0 +1,126 @@
+"""The stage ``train``: from data to a draft's folder."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_stairs.distill import acceptance
+from vllm_stairs.distill.device import device_of, limited_memory
+from vllm_stairs.distill.draft import DraftShape
+from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.distill.settings import Reporter, Settings, hash_of
+from vllm_stairs.distill.shards import Folder, check_same_run
+from vllm_stairs.folders import new_folder
+from vllm_stairs.proposer.vocabulary import save_frequencies
+
+if TYPE_CHECKING:
+    from vllm_stairs.distill.training import Recipe
+
+MADE_BY = "distill.json"
+"""In a draft's folder: how it was made."""
+
+TRAINING_FILE = "training.json"
+"""Beside the checkpoints: what the training depends on."""
+
+
+def make_draft(
+    settings: Settings,
+    shape: DraftShape,
+    recipe: "Recipe",
+    folders: Sequence[Folder],
+    out: Path,
+    reporter: Reporter,
+    *,
+    name: str = "training",
+    start_from: Path | None = None,
+) -> dict[str, acceptance.Acceptance]:
+    """Train a draft and write it to ``out``.
+
+    Args:
+        settings: what to do.
+        shape: of the draft.
+        recipe: how to train.
+        folders: the data.
+        out: the draft's folder; is replaced when the draft is complete.
+        reporter: is told.
+        name: of the folder in ``settings.work`` for checkpoints.
+        start_from: a draft to go on with, in an on-policy round.
+
+    Returns:
+        The held-out acceptance by group.
+
+    Raises:
+        DistillError: the checkpoints are of another training, memory or the disk is too small,
+            or ``out`` is not a draft of ours.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_stairs.distill import card, draft, training
+
+    work = settings.work / name
+    data = [folder.fingerprint() for folder in folders]
+    check_same_run(
+        work / TRAINING_FILE,
+        {
+            "target": settings.data_settings["target"],
+            "shape": asdict(shape),
+            "recipe": recipe.identity(),
+            "data": data,
+            "start_from": hash_of(start_from / "model.safetensors") if start_from else None,
+        },
+        "the training",
+    )
+    torch.manual_seed(recipe.seed)
+    with limited_memory("lower --batch, --max-length, or choose a smaller preset"):
+        target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=torch.float32)
+        model = draft.build(target, shape)
+        if start_from:
+            trained = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+            model.load_state_dict(trained.state_dict())
+        del target
+        counts = training.frequencies(folders, model.config.vocab_size)
+        started = time.monotonic()
+        by_group, curve = training.train(
+            model,
+            folders,
+            recipe,
+            work,
+            counts=counts,
+            device=device_of(settings.device),
+            say=reporter.say,
+        )
+    minutes = (time.monotonic() - started) / 60
+    with new_folder(out, MADE_BY, DistillError) as folder:
+        draft.save(model.to("cpu").float(), folder, Path(settings.target))
+        save_frequencies(folder, counts)
+        (folder / "README.md").write_text(
+            card.text(
+                settings=settings,
+                recipe=recipe,
+                written=int(counts.sum()),
+                by_group=by_group,
+                curve=curve,
+                minutes=minutes,
+                model=model,
+            )
+        )
+        (folder / MADE_BY).write_text(
+            json.dumps(
+                {
+                    "target": Path(settings.target).name,
+                    "data": settings.data_settings,
+                    "shape": asdict(shape),
+                    "recipe": asdict(recipe),
+                    "data_sha256": data,
+                    "curve": curve,
+                    "acceptance": {g: asdict(a) for g, a in by_group.items()},
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+    return by_group

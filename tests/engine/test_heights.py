@@ -8,9 +8,11 @@ it does must not show. The engine around it is the real one.
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from vllm import LLM, SamplingParams
 
+from tests.engine.dice import Dice
 from tests.engine.engines import (
     counting_preemptions,
     greedy,
@@ -24,60 +26,6 @@ from tests.engine.test_distribution import PROMPT, exact_distribution, p_value
 from tests.engine.test_identity import prompts
 from tests.tiny import WORDS, TinyModels
 from vllm_stairs.height.ragged import RaggedPolicy
-
-
-class Dice(RaggedPolicy):
-    """Decides at random, within what requests allow."""
-
-    def __init__(self, max_height: int, seed: int) -> None:
-        super().__init__(max_height)
-        self.dice = random.Random(seed)
-        self.planned: Counter = Counter()
-        self.trimmed = 0
-
-    def plan(self, keys, rooms, *args, **kwargs):  # type: ignore[no-untyped-def]
-        plan = super().plan(keys, rooms, *args, **kwargs)
-        off = self.dice.random() < 0.3
-        plan.active = [
-            i for i, room in enumerate(rooms) if room > 0 and not off and self.dice.random() < 0.7
-        ]
-        for i in range(len(keys)):
-            drafts = i in plan.active
-            plan.heights[i] = self.dice.randint(1, rooms[i]) if drafts else 0
-            plan.reasons[i] = None if drafts else "load"
-            self.planned[plan.heights[i]] += 1
-        plan.survival = {i: [] for i in plan.active}
-        plan.confidences = {i: [] for i in plan.active}
-        return plan
-
-    def proceed(self, plan, confidences=None, elapsed_ms=None):  # type: ignore[no-untyped-def]
-        assert all(0.0 <= value <= 1.0001 for value in confidences)
-        assert len(confidences) == len(plan.active)
-        active = plan.active
-        plan.passes.append(len(active))
-        depth = len(plan.passes)
-        places = [
-            place
-            for place, index in enumerate(active)
-            if plan.heights[index] > depth and self.dice.random() < 0.8
-        ]
-        for index in active:
-            plan.heights[index] = min(plan.heights[index], depth)
-        plan.active = [active[place] for place in places]
-        for index in plan.active:
-            plan.heights[index] = max(plan.heights[index], depth + 1)
-        return places
-
-    def settle(self, plan, may_trim=False):  # type: ignore[no-untyped-def]
-        heights = super().settle(plan, False)
-        if not may_trim:
-            return heights
-        trimmed = [self.dice.randint(0, h) if self.dice.random() < 0.2 else h for h in heights]
-        self.trimmed += sum(heights) - sum(trimmed)
-        return trimmed
-
-    def drafted(self, *_):  # type: ignore[no-untyped-def]
-        """Dice learn nothing from prices."""
 
 
 def runner_of(llm: LLM):  # type: ignore[no-untyped-def]
@@ -106,6 +54,7 @@ def test_any_heights_are_lossless(tiny: TinyModels, draft: str, layout: str) -> 
     assert all(policy.planned[height] for height in range(7))
     assert policy.trimmed
     after = statistics(engine)
+    assert all(np.subtract(after["heights"], before["heights"])), "every height was verified"
     if draft == "target":
         # After every step without drafts the draft reads what it missed: nothing is refused.
         assert after["accepted_per_position"] != before["accepted_per_position"]
@@ -185,3 +134,21 @@ def test_auto_gives_up_on_a_bad_draft_and_says_why(tiny: TinyModels, draft: str)
         assert off > 0.6 * staircases
         assert after["off"]["weak_draft"] + after["off"]["load"] > 0
     assert after["estimated_gain"] > 0
+
+
+def test_requests_get_their_own_figures(tiny: TinyModels) -> None:
+    """vLLM's own ``--per-request-spec-decode-metrics``; steps without drafts do not count."""
+    engine = stairs(
+        tiny.target, tiny.target, height=4, stairs_height="auto",
+        per_request_spec_decode_metrics="summary",
+    )  # fmt: skip
+    wild(engine, seed=5)
+    params = [greedy(40), greedy(40, extra_args={"stairs_max_height": 0})]
+    drafted, opted_out = (
+        output.outputs[0].spec_decode_metrics.to_dict()
+        for output in engine.generate(prompts(2, seed=15), params, use_tqdm=False)
+    )
+    stats = statistics(engine)
+    assert drafted["num_accepted_draft_tokens"] == sum(stats["accepted_per_position"]) > 0
+    assert drafted["num_draft_tokens"] == sum(stats["drafted_per_position"])
+    assert opted_out["num_spec_steps"] == 0

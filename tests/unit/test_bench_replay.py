@@ -206,6 +206,70 @@ def test_auto_pays_for_the_text_that_its_draft_has_missed(tmp_path):
     assert score.draft_ms > 1.0 * passes + 20.0
 
 
+def test_a_prompt_is_read_in_a_step_beside_those_that_decode(tmp_path):
+    lines = []
+    for number, prompt in enumerate((30, 20)):
+        own = Pair(number, 10 + 20 * number, 0.0).decode(4)
+        lines += [
+            {**line, "request": number, "position": prompt + 1 + line["position"]} for line in own
+        ]
+    found = write(tmp_path / "r.jsonl", lines)
+    assert [trace.prompt for trace in found.traces] == [30, 20]
+    by_rows = CostModel(Curve({1: 1.0, 101: 11.0}), Curve({1: 10.0, 101: 20.0}))
+    plain = replay.replay(found, policies.Fixed(0), by_rows)
+    assert (plain.steps, plain.staircases) == (42, 40)
+    assert plain.tokens == 42  # The first token of each comes with its prompt.
+    assert plain.target_ms == pytest.approx(42 * 10.0 + 0.1 * (29 + 19))
+    assert plain.draft_ms == 0
+    # Both at once: the shorter one's end leaves the other alone.
+    two = replay.replay(found, policies.Fixed(0), by_rows, batch=2)
+    assert two.steps == 31
+    assert two.target_ms == pytest.approx(31 * 10.0 + 0.1 * (49 + 10))
+    # The first draft pass of a request also reads its prompt.
+    drafting = replay.replay(found, policies.Fixed(1), by_rows)
+    assert drafting.draft_ms == pytest.approx(38 + 0.1 * (30 + 20))
+
+
+def test_a_third_request_is_read_while_another_decodes(tmp_path):
+    lines = []
+    for number, length in enumerate((5, 12, 5)):
+        own = Pair(number, length, 0.0).decode(2)
+        lines += [{**line, "request": number, "position": 9 + line["position"]} for line in own]
+    found = write(tmp_path / "r.jsonl", lines)
+    by_rows = CostModel(Curve({1: 1.0}), Curve({1: 1.0, 101: 101.0}))
+    plain = replay.replay(found, policies.Fixed(0), by_rows, batch=2)
+    # Two prompts; 5 steps of two; a prompt beside one; 5 of two; the last of the second.
+    assert plain.steps == 1 + 5 + 1 + 5 + 1
+    assert plain.target_ms == 16 + 5 * 2 + (1 + 8) + 5 * 2 + 1
+
+
+def test_text_beyond_the_measured_sizes_costs_what_a_row_does_on_average(tmp_path):
+    line = {**SOUND, "position": 101}
+    found = write(tmp_path / "r.jsonl", [line])
+    steep = CostModel(Curve({1: 1.0}), Curve({1: 10.0, 4: 10.0, 5: 14.0}))
+    plain = replay.replay(found, policies.Fixed(0), steep)
+    # 5 rows within the curve, 95 beyond it; then two plain steps.
+    assert plain.target_ms == pytest.approx(14.0 + 95 * 1.0 + 2 * 10.0)
+    assert "extrapolated" not in steep.source
+
+
+def test_the_draft_has_missed_what_its_cache_lacks(tmp_path):
+    """As in the engine: the newest token is never read yet, a last draft that was kept neither."""
+    pair = Pair(1, 40, 0.0)
+    pair.agrees[:4] = [True] * 4
+    trace = write(tmp_path / "r.jsonl", pair.decode(4)).traces[0]
+    lane = replay._Lane(0, trace)
+    assert lane.advance(4, 4) == (4, False)
+    assert lane.missed == 1  # 5 written, 3 read: it lacks the last draft and the newest token.
+    lane.advance(0, 0)
+    assert lane.missed == 2
+    lane.advance(1, 3)  # Two drafts were left out, the first was wrong.
+    assert lane.missed == 0
+    for _ in range(3):
+        lane.advance(0, 0)
+    assert lane.missed == 3
+
+
 def test_auto_is_deterministic(tmp_path):
     found = write(tmp_path / "r.jsonl", Pair(9, 800, 0.6).decode(6))
     one, two = (replay.replay(found, policies.Auto(6, FLAT), FLAT) for _ in range(2))

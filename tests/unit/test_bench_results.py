@@ -1,4 +1,5 @@
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -375,13 +376,16 @@ def test_profile_sorts_time_into_parts():
 
     class Runner:
         def execute_model(self, scheduled):
-            return None
+            self._sample()  # As stairs does.
 
         def _sample(self):
-            return None
+            time.sleep(0.02)
 
         def propose_draft_token_ids(self):
-            return [[1, 2], [3]]
+            return [[], []]
+
+        def take_draft_token_ids(self):
+            return SimpleNamespace(draft_token_ids=[[1, 2], [3]])
 
     runner = Runner()
     profile = Profile(runner)
@@ -396,8 +400,8 @@ def test_profile_sorts_time_into_parts():
     )
     for step in (prefill, decode):
         runner.execute_model(step)
-        runner._sample()
         runner.propose_draft_token_ids()
+        runner.take_draft_token_ids()
     profile.remove()
     assert "execute_model" not in vars(runner)
     found = profile.report()
@@ -405,3 +409,4 @@ def test_profile_sorts_time_into_parts():
     assert list(found["target_ms_by_rows"]) == ["4"]
     assert found["target_ms_by_rows"]["4"][1] == 1
     assert list(found["draft_ms_by_batch"]) == ["2"]
+    assert found["seconds"]["target"] < 0.02 < found["seconds"]["validation"]

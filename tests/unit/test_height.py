@@ -319,6 +319,16 @@ def test_confidence_pays() -> None:
     assert with_confidence > 1.03 * Confident().run(learned(), 4000)
 
 
+def test_a_spike_does_not_cheapen_time() -> None:
+    """What one more token must bring is a matter of the usual rate."""
+    policy, sure = HeightPolicy(8), [0.9, 0.9]
+    for _ in range(30):
+        policy.observe([2], [1], 50.0, 12.0, [sure])
+    assert not policy.go_on(2, [[0.9, 0.25]])
+    policy.observe([2], [1], 5000.0, 12.0, [sure])
+    assert not policy.go_on(2, [[0.9, 0.25]])
+
+
 def test_a_shrinking_batch_is_not_learned_anew() -> None:
     policy = learned()
     for batch in (16, 12):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_stairs.height.costs import DraftCost, Line, TargetCost
 from vllm_stairs.height.gain import Gain
+from vllm_stairs.height.isotonic import isotonic
 from vllm_stairs.height.ragged import (
     CATCHING_UP,
     LIMIT,
@@ -174,12 +175,12 @@ class World:
             holes = [position[request] - read[request] for request in running]
             draft_ms, probe = 0.0, False
             if isinstance(policy, int):
-                heights = [min(policy, room) for room in rooms]
+                heights = drafted = [min(policy, room) for room in rooms]
                 if any(heights):
                     draft_ms = max(heights) * machine.draft_pass(len(running))
                     draft_ms += machine.per_token * sum(holes)
             else:
-                heights, draft_ms, probe = self._draft(
+                heights, drafted, draft_ms, probe = self._draft(
                     policy, running, rooms, holes, position, source, result
                 )
             accepted = []
@@ -193,9 +194,9 @@ class World:
             result.ms += draft_ms + target_ms
             result.tokens += len(running) + sum(accepted)
             result.heights.append(heights)
-            for request, height, kept in zip(running, heights, accepted, strict=True):
+            for request, height, kept in zip(running, drafted, accepted, strict=True):
                 position[request] += kept + 1
-                if height:
+                if height:  # Also where its drafts were left out: the text was read.
                     read[request] = position[request]
             if isinstance(policy, RaggedPolicy):
                 whole = rows + joined
@@ -216,7 +217,7 @@ class World:
         position: dict[int, int],
         source: random.Random,
         result: Result,
-    ) -> tuple[list[int], float, bool]:
+    ) -> tuple[list[int], list[int], float, bool]:
         machine = self.machine
         remaining = [self.length - position[request] for request in running]
         plan = policy.plan(running, rooms, holes, remaining)
@@ -243,7 +244,8 @@ class World:
             policy.proceed(plan, sure, shown_first + shown_further)
         if plan.passes:
             policy.drafted(plan, shown_first, shown_further)
-        return policy.settle(plan), first + further, plan.probe
+        drafted = list(plan.heights)
+        return policy.settle(plan, may_trim=True), drafted, first + further, plan.probe
 
 
 def best_constant(world: World, steps: int, tallest: int = 8) -> tuple[float, int]:
@@ -314,6 +316,27 @@ def test_best_prefix() -> None:
 # -- costs -------------------------------------------------------------------------------
 
 
+@given(st.lists(st.tuples(st.floats(-9.0, 9.0), st.integers(1, 9)), max_size=9))
+def test_isotonic_regression(points: list[tuple[float, int]]) -> None:
+    """Against the max-min formula: the largest over starts of the smallest mean over ends."""
+    values, weights = [value for value, _ in points], [weight for _, weight in points]
+
+    def mean(first: int, last: int) -> float:
+        total = sum(value * weight for value, weight in points[first : last + 1])
+        return total / sum(weights[first : last + 1])
+
+    count = len(points)
+    assert isotonic(values, weights) == pytest.approx(
+        [
+            max(min(mean(first, last) for last in range(at, count)) for first in range(at + 1))
+            for at in range(count)
+        ],
+        abs=1e-9,
+    )
+    with pytest.raises(ValueError):
+        isotonic([1.0], [])
+
+
 @given(
     st.dictionaries(st.integers(1, 200), st.floats(0.5, 4.0), min_size=1, max_size=12),
     st.integers(1, 60),
@@ -355,6 +378,29 @@ def test_a_first_time_compilation_is_not_believed(rows: int) -> None:
     cost.add(rows, 20.5, rows > 1)
     cost.add(rows, 20.5, rows > 1)
     assert cost(rows, rows > 1) == pytest.approx(20.5, rel=0.05)
+
+
+def test_a_first_step_that_compiles_is_not_believed_at_another_size_either() -> None:
+    cost = TargetCost()
+    cost.add(1, 3000.0, False)
+    cost.add(4, 21.0, False)
+    assert cost(1) <= cost(4) == pytest.approx(21.0)
+    assert cost(6, True) < 25.0
+
+
+def test_a_prompt_that_compiles_is_not_believed() -> None:
+    """What a row costs is taken from two prompts; a single one may only lower the guess."""
+    cost = TargetCost()
+    cost.add_prompt(100, 5000.0)
+    for _ in range(3):
+        cost.add(1, 20.0, False)
+    assert cost.slope == 0.02
+    cost.add_prompt(100, 80.0)
+    assert cost.slope == pytest.approx(0.03)  # of two the lower one: 60 ms for 100 rows
+    cheap = TargetCost()
+    cheap.add(1, 20.0, False)
+    cheap.add_prompt(1000, 30.0)
+    assert cheap.slope == pytest.approx(0.0005)
 
 
 def test_what_is_dear_twice_is_believed() -> None:
@@ -504,6 +550,18 @@ def test_doubt_lets_news_turn_the_estimate() -> None:
     assert gain.rates[0] > 0.4
 
 
+def test_doubt_is_about_confidence_too() -> None:
+    """Also about confidences that no new token had."""
+    gain, sure = Gain(4), [0.97] * 4
+    for request in range(200):
+        teach(gain, request, [(4, 0)], sure)
+    assert gain.after("x", 0.75)[0] < 0.02
+    gain.doubt(8.0)
+    for request in range(200, 208):
+        teach(gain, request, [(4, 4)], sure)
+    assert gain.after("x", 0.75)[0] > 0.2
+
+
 # -- risk --------------------------------------------------------------------------------
 
 
@@ -528,6 +586,23 @@ def test_probes_back_off_and_follow_success() -> None:
     prober.made(1.0, promising=True)
     prober.tick(True)
     assert not prober.due(True)
+
+
+def test_speculation_ends_a_series_of_probes() -> None:
+    """The next probe, after it has been off for long, is a first one again."""
+    prober = Prober(4.0, 0.01)
+    for _ in range(17):
+        prober.tick(True)
+    assert prober.fresh
+    prober.made(1.0, promising=True)
+    prober.tick(True)
+    assert prober.due(True)
+    assert not prober.fresh
+    prober.tick(False)
+    for _ in range(17):
+        prober.tick(True)
+    assert prober.due(True)
+    assert prober.fresh
 
 
 @given(st.lists(st.floats(0.0, 30.0), min_size=1, max_size=300), st.sampled_from([0.01, 0.05]))
@@ -718,11 +793,13 @@ def test_cost_spikes() -> None:
     assert world.run(RaggedPolicy(8), 2000).rate >= 0.93 * best
 
 
-def test_first_time_compilation() -> None:
-    """Each new shape takes seconds once: no verdict on the draft, or on the shape."""
-    world = World(lambda _: constant(0.85), machine=Machine(compile_ms=3000.0))
+@pytest.mark.parametrize(("length", "prompt", "least"), [(4000, 0, 0.9), (250, 100, 0.8)])
+def test_first_time_compilation(length: int, prompt: int, least: float) -> None:
+    """Each new shape takes seconds once: no verdict on the draft, on the shape, on prompts."""
+    machine = Machine(compile_ms=3000.0)
+    world = World(lambda _: constant(0.85), length=length, prompt=prompt, machine=machine)
     best, _ = best_constant(world, 1000)
-    assert world.run(RaggedPolicy(8), 1000).rate >= 0.9 * best
+    assert world.run(RaggedPolicy(8), 1000).rate >= least * best
 
 
 def test_a_machine_that_gets_slower() -> None:
@@ -745,7 +822,9 @@ def test_load_shrinks_heights() -> None:
         result = world.run(policy, 250)
         means.append(result.mean(100))
         policy.forget(range(1000))
-    assert means[0] > means[1] > means[2] >= means[3]
+    # From 4 to 16 the price of a row hardly changes on this machine.
+    assert means[0] > 1.5 * max(means[1], means[2])
+    assert min(means[1], means[2]) > means[3]
     assert means[0] > 3.0
     assert means[3] < 0.1
     assert result.reasons[LOAD] > 0.8 * 48 * 150
@@ -817,6 +896,55 @@ def test_an_unpaid_hole_is_a_loss() -> None:
     assert policy.account.balance < before - 1.5
 
 
+def test_a_small_hole_does_not_put_off_what_is_owed() -> None:
+    """A prompt was read, then a token missed: the prompt is still paid for while it drafts."""
+    policy = taught()
+    for hole in (300, 1, *[0] * 60):
+        for _ in range(3):
+            plan = policy.plan(["x"], [8], [hole], [2000])
+            while plan.active:
+                policy.proceed(plan, [0.95] * len(plan.active))
+            heights = policy.settle(plan)
+            if plan.passes:
+                policy.drafted(plan, 4.0 + 0.15 * hole, 4.0 * (len(plan.passes) - 1))
+            policy.observe(["x"], heights, heights, cpu(1 + heights[0]))
+            if heights[0]:
+                break
+        assert heights[0]
+    policy.forget(["x"])
+    assert policy.account.balance > 7.5
+
+
+def test_a_spike_while_reading_missing_text_is_not_a_debt() -> None:
+    """The first draft of a request reads its prompt, and may compile: that is not lost twice."""
+    policy = taught()
+    before = policy.account.balance
+    plan = decide(policy, rooms=[8], holes=[100], remaining=[2000])
+    assert policy.proceed(plan, [0.02]) == []
+    policy.drafted(plan, 5000.0, 0.0)
+    policy.observe(plan.keys, policy.settle(plan), [0], cpu(2))
+    policy.forget(plan.keys)
+    assert not policy.account.blocked
+    assert policy.account.balance > before - 4.0
+
+
+def test_a_spike_in_a_probe_does_not_end_probing() -> None:
+    policy = RaggedPolicy(8)
+    World(lambda _: random_draft, length=20000).run(policy, 400)
+    for _ in range(2000):
+        plan = policy.plan(["x"], [8], [100], [2000])
+        if plan.probe:
+            break
+        policy.observe(["x"], [0], [0], cpu(1))
+    assert plan.probe
+    while plan.active:
+        policy.proceed(plan, [0.5])
+    policy.drafted(plan, 5000.0, 4.0 * (len(plan.passes) - 1))
+    heights = policy.settle(plan)
+    policy.observe(["x"], heights, [0], cpu(1 + heights[0]))
+    assert policy.prober.credit > -8.0
+
+
 # -- the policy: the rest ----------------------------------------------------------------
 
 
@@ -854,6 +982,28 @@ def test_requests_leave_when_their_next_token_is_not_worth_it() -> None:
     assert policy.proceed(plan, [0.02]) == []
     assert policy.settle(plan) == [3, 1, 2]
     assert plan.passes == [3, 2, 1]
+
+
+def test_after_many_single_passes_one_more_is_made() -> None:
+    """To know what it costs; not one after the other up to the ceiling."""
+    policy = taught()
+    policy._lonely = 64
+    plan = decide(policy, rooms=[8])
+    assert policy.proceed(plan, [0.02]) == [0]
+    assert policy.proceed(plan, [0.02]) == []
+    assert policy.settle(plan) == [2]
+
+
+def test_who_has_room_again_is_decided_for() -> None:
+    """A plan is not repeated with a request that it had no room for (up to min_tokens, say)."""
+    policy = taught(gpu)
+    assert decide(policy, rooms=[8, 8, 8, 0]).active == [0, 1, 2]
+    plan = decide(policy, rooms=[8] * 4)
+    assert plan.active == [0, 1, 2, 3]
+    while plan.active:
+        assert all(plan.heights[index] > len(plan.passes) for index in plan.active)
+        policy.proceed(plan, [0.999] * len(plan.active))
+    assert policy.settle(plan, may_trim=True) == [8] * 4
 
 
 def test_a_pass_that_takes_far_too_long_is_the_last() -> None:

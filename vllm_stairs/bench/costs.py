@@ -24,6 +24,7 @@ from typing import Any
 
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.statistics import median
+from vllm_stairs.height.isotonic import isotonic
 
 
 class Curve:
@@ -69,17 +70,9 @@ def monotone(points: Mapping[int, tuple[float, float]]) -> dict[int, float]:
     Args:
         points: size -> (milliseconds, weight above 0).
     """
-    blocks: list[tuple[float, float, list[int]]] = []
-    for size in sorted(points):
-        ms, weight = points[size]
-        sizes = [size]
-        while blocks and blocks[-1][0] > ms:
-            before, own, others = blocks.pop()
-            ms = (before * own + ms * weight) / (own + weight)
-            weight += own
-            sizes = others + sizes
-        blocks.append((ms, weight, sizes))
-    return {size: ms for ms, _, sizes in blocks for size in sizes}
+    sizes = sorted(points)
+    values = isotonic([points[size][0] for size in sizes], [points[size][1] for size in sizes])
+    return dict(zip(sizes, values, strict=True))
 
 
 @dataclass(frozen=True)

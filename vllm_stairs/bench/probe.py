@@ -78,19 +78,24 @@ class Probe:
 
 class Profile:
     """Timers on one model runner: ``target`` is preparing and running the forward pass with
-    its logits, ``validation`` sampling and accepting, ``draft`` the drafter.
+    its logits, ``validation`` sampling and accepting, ``draft`` the drafter. A part that another
+    one calls does not count in the caller.
     """
 
     PARTS = (
         ("target", "execute_model"),
         ("validation", "_sample"),
         ("draft", "propose_draft_token_ids"),
+        # Where stairs drafts; vLLM's own methods hand over here what they have drafted already.
+        ("draft", "take_draft_token_ids"),
     )
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         self.seconds = {part: 0.0 for part, _ in self.PARTS}
         self.steps: list[dict[str, float]] = []
+        # Seconds of parts that the running one has called.
+        self._inner = 0.0
 
     def install(self) -> bool:
         """Wrap the runner's methods; False if it has not got them all."""
@@ -123,17 +128,19 @@ class Profile:
         device = getattr(self.runner, "device", torch.device("cpu"))
 
         def timed(*arguments: Any, **options: Any) -> Any:
+            if part == "target":
+                self._open_step(arguments[0] if arguments else None)
             _synchronise(torch, device)
+            outer, self._inner = self._inner, 0.0
             start = time.perf_counter()
             outcome = method(*arguments, **options)
             _synchronise(torch, device)
             elapsed = time.perf_counter() - start
-            self.seconds[part] += elapsed
-            if part == "target":
-                self._open_step(arguments[0] if arguments else None)
+            own, self._inner = elapsed - self._inner, outer + elapsed
+            self.seconds[part] += own
             if self.steps:
                 step = self.steps[-1]
-                step[part] = step.get(part, 0.0) + elapsed
+                step[part] = step.get(part, 0.0) + own
                 if part == "draft":
                     step["passes"] = max(step["passes"], _height(outcome))
             return outcome
@@ -157,7 +164,12 @@ class Profile:
 
 
 def _height(drafts: Any) -> int:
-    """Draft tokens of the tallest draft: a tensor's second extent or the longest list."""
+    """Draft tokens of the tallest draft: a tensor's second extent or the longest list.
+
+    Args:
+        drafts: a tensor, lists, vLLM's ``DraftTokenIds`` or nothing.
+    """
+    drafts = getattr(drafts, "draft_token_ids", drafts)
     shape = getattr(drafts, "shape", None)
     if shape is not None:
         return int(shape[1]) if len(shape) > 1 else 0

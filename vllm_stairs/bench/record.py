@@ -39,6 +39,13 @@ class Trace:
     """float: the draft's probability of its own token at this position."""
     tails: dict[int, tuple[float, ...]]
     """Position of a wrong draft token -> probabilities of the tokens drafted after it."""
+    start: int = 0
+    """Tokens of text before position 0: the prompt and the token that came with its reading."""
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt; 0 where the record starts without one."""
+        return max(self.start - 1, 0)
 
     @property
     def tokens(self) -> int:
@@ -169,7 +176,7 @@ def _trace(request: str, staircases: Sequence[dict[str, Any]]) -> Trace:
         if seen == accepted + 1:
             tails[start + accepted] = tuple(own[seen:])
         start += accepted + 1
-    return Trace(request, held, known, probability, tails)
+    return Trace(request, held, known, probability, tails, staircases[0]["position"])
 
 
 def _guess(traces: list[Trace]) -> list[Trace]:

@@ -7,24 +7,27 @@ is the target's own whatever is drafted.
 What is not: the token that follows a draft which held in full was never drafted; whether the
 draft would have had it is guessed from the record's own rate. The share of staircases that met
 such a place is reported (``guessed``): record with a height well above those of interest.
-Past a wrong token a policy sees recorded probabilities while there are any, then stops. Prefill
-is free. A step of several requests costs as many draft passes as its tallest staircase. With a
-sampled draft or target (temperature above 0) the first paragraph does not hold and the result
-is an approximation.
+Past a wrong token a policy sees recorded probabilities while there are any, then stops. With a
+sampled draft or target (temperature above 0) the first paragraph does not hold and the result is an
+approximation.
+
+The course is the engine's. A request that starts has its prompt read in a step in which the others
+go on; its first token comes with that, its first staircase is drafted after it. A draft pass is for
+those who still draft, and the first one also reads the text that the draft has missed, the prompt
+first of all. Text, whoever reads it, costs as the cost model says of so many more rows or requests.
 
 ``auto`` is asked for all requests of a step at once, as in the engine, and told the times of the
-cost model. Text that the draft has missed while it was not drafting is read in its next first pass,
-which then costs as much as one of so many more requests.
+cost model.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vllm_stairs.bench.costs import CostModel
+from vllm_stairs.bench.costs import CostModel, Curve
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.policies import Auto, Fixed, Policy
 from vllm_stairs.bench.record import Record, Trace
@@ -37,24 +40,25 @@ class Score:
     policy: str
     batch: int
     tokens: int
+    """Written, the first of each request too where the record holds its prompt."""
     steps: int
-    """Engine steps."""
+    """Engine steps, those that only read prompts too."""
     staircases: int
     """Steps, counted once per request in them."""
     mean_height: float
     acceptance_length: float
-    """Tokens per staircase, the target's own included."""
+    """Tokens per staircase, the target's own included, a request's first one not."""
     heights: tuple[int, ...]
     """Staircases by height."""
     draft_ms: float
-    """Sum over all steps, as the next two."""
+    """Sum over all steps, as the next two; prompts included."""
     target_ms: float
     overhead_ms: float
     tokens_per_s: float
     guessed: float
     """Share of staircases that met a position which the record does not know."""
     extrapolated: float
-    """Share of steps with more rows than the cost model's last point."""
+    """Share of steps with more rows than the cost model's last point, prompts left out."""
     simulated_per_s: float
     """Staircases simulated per second of wall clock."""
 
@@ -66,17 +70,24 @@ class Score:
 class _Lane:
     """One request on its way through its trace."""
 
-    __slots__ = ("position", "read", "request", "runs", "tokens", "trace", "unknown")
+    __slots__ = ("position", "read", "request", "runs", "tokens", "trace", "unknown", "unread")
 
     def __init__(self, request: int, trace: Trace) -> None:
         self.request = request
         self.trace = trace
         self.position = 0
-        # Where the draft has last followed the text to.
+        # Tokens of the prompt that the target has yet to read.
+        self.unread = trace.prompt
+        # Leading tokens of prompt and text that the draft has read.
         self.read = 0
         self.tokens = trace.tokens
         self.runs = _runs(trace.held)
         self.unknown = np.concatenate([[0], np.cumsum(~trace.known)]).tolist()
+
+    @property
+    def missed(self) -> int:
+        """Tokens that the draft has to read beside the newest one; its last draft if it held."""
+        return max(self.trace.start + self.position - self.read - 1, 0)
 
     def height(self, policy: Policy, batch: int) -> int:
         """Height of the next staircase; never past the end of the text."""
@@ -98,16 +109,32 @@ class _Lane:
             seen += self.trace.tails.get(self.position + run, ())
         return seen[:wanted]
 
-    def advance(self, height: int) -> tuple[int, bool]:
-        """Validate a staircase; returns the accepted drafts and whether any was a guess."""
+    def advance(self, height: int, drafted: int) -> tuple[int, bool]:
+        """Validate a staircase; returns the accepted drafts and whether any was a guess.
+
+        Args:
+            height: drafts that the target judges.
+            drafted: as many or more: some may have been left out.
+        """
         start = self.position
         accepted = min(self.runs[start], height)
         compared = min(accepted + 1, height)
         guessed = self.unknown[start + compared] > self.unknown[start]
+        if drafted:
+            # Its last draft the draft has not read, and what it read of refused ones is void.
+            self.read = self.trace.start + start + min(accepted, drafted - 1)
         self.position += accepted + 1
-        if height:
-            self.read = self.position
         return accepted, guessed
+
+
+class _Drafting(NamedTuple):
+    """What was drafted in a step, request by request."""
+
+    heights: list[int]
+    """Drafts that the target is to judge."""
+    drafted: list[int]
+    """Drafts written."""
+    ms: float
 
 
 def _runs(held: np.ndarray) -> list[int]:
@@ -118,33 +145,71 @@ def _runs(held: np.ndarray) -> list[int]:
     return runs
 
 
-def _draft_together(
-    auto: Auto, running: Sequence[_Lane], costs: CostModel
-) -> tuple[list[int], float]:
-    """One step's drafting as the engine does it; returns heights and milliseconds."""
+def _more_ms(curve: Curve, size: int, tokens: int) -> float:
+    """Milliseconds that so many tokens of text add to a pass over ``size`` rows or requests.
+
+    Texts are long and measured curves short: beyond the last point a token costs what one does on
+    average within the curve, not what its last two points, which may be close, happen to say.
+    """
+    first, last = curve.sizes[0], curve.sizes[-1]
+    within = min(tokens, max(last - size, 0))
+    ms = curve(size + within) - curve(size)
+    if tokens > within and last > first:
+        rise = max(curve.values[-1] - curve.values[0], 0.0)
+        ms += (tokens - within) * rise / (last - first)
+    return ms
+
+
+def _target_ms(costs: CostModel, rows: int, prompts: int) -> float:
+    """One pass of the target over ``rows`` decode rows and ``prompts`` tokens of prompts."""
+    least = max(rows, 1)
+    return costs.target_ms(least) + _more_ms(costs.target_ms, least, rows + prompts - least)
+
+
+def _draft_each(policy: Policy, running: Sequence[_Lane], costs: CostModel) -> _Drafting:
+    """One step's drafting, every request for itself; who is done leaves the draft batch."""
+    heights = [lane.height(policy, len(running)) for lane in running]
+    ms, still = 0.0, sum(own > 0 for own in heights)
+    if still:
+        missing = sum(lane.missed for lane, own in zip(running, heights, strict=True) if own)
+        ms += _more_ms(costs.draft_ms, still, missing)
+    drafted = 0
+    while still:
+        drafted += 1
+        ms += costs.draft_ms(still)
+        still = sum(own > drafted for own in heights)
+    return _Drafting(heights, heights, ms)
+
+
+def _draft_together(auto: Auto, running: Sequence[_Lane], costs: CostModel) -> _Drafting:
+    """One step's drafting as the engine does it."""
     policy = auto.policy
     room = [min(auto.height, lane.tokens - lane.position - 1) for lane in running]
     plan = policy.plan(
         [lane.request for lane in running],
         room,
-        [lane.position - lane.read for lane in running],
+        # A last draft that held is no hole: it is read beside the newest token, at no extra pass.
+        [max(lane.missed - 1, 0) if own else 0 for lane, own in zip(running, room, strict=True)],
         [lane.tokens - lane.position for lane in running],
     )
     seen = {index: running[index].seen(room[index]) for index in plan.active}
+    missing = sum(running[index].missed for index in plan.active)
     first = further = 0.0
     while plan.active:
-        depth = len(plan.passes)
+        depth, drafting = len(plan.passes), len(plan.active)
         if depth:
-            further += costs.draft_ms(len(plan.active))
+            further += costs.draft_ms(drafting)
         else:
-            first = costs.draft_ms(len(plan.active) + plan.filled)
-        policy.proceed(plan, [seen[index][depth] for index in plan.active])
+            first = costs.draft_ms(drafting) + _more_ms(costs.draft_ms, drafting, missing)
+        policy.proceed(plan, [seen[index][depth] for index in plan.active], first + further)
         for index in list(plan.active):
             if len(seen[index]) == depth + 1:
                 plan.drop(index)  # Nobody knows what the draft would have written next.
+    drafted = list(plan.heights)
+    heights = policy.settle(plan, may_trim=True)
     if plan.passes:
         policy.drafted(plan, first, further)
-    return policy.settle(plan), first + further
+    return _Drafting(heights, drafted, first + further)
 
 
 def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int = 1) -> Score:
@@ -166,52 +231,61 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
     started = time.perf_counter()
     waiting = [_Lane(number, trace) for number, trace in enumerate(record.traces)][::-1]
     running: list[_Lane] = []
+    ended: list[_Lane] = []
     heights: dict[int, int] = {}
-    tokens = steps = staircases = guessed = drafted_in_all = extrapolated = 0
+    first_tokens = tokens = steps = staircases = guessed = drafted_in_all = extrapolated = 0
     draft_ms = target_ms = 0.0
     while waiting or running:
         while waiting and len(running) < batch:
             running.append(waiting.pop())
-        size = len(running)
-        chosen: list[int] = []
-        outcomes: list[tuple[int, bool]] = []
+        decoding = [lane for lane in running if not lane.unread]
+        reading = [lane for lane in running if lane.unread]
+        drafting = _Drafting([], [], 0.0)
+        if decoding:
+            if isinstance(policy, Auto):
+                drafting = _draft_together(policy, decoding, costs)
+            else:
+                drafting = _draft_each(policy, decoding, costs)
+        chosen = drafting.heights
+        outcomes = [
+            lane.advance(height, drafted)
+            for lane, height, drafted in zip(decoding, chosen, drafting.drafted, strict=True)
+        ]
+        rows, prompts = len(decoding) + sum(chosen), sum(lane.unread for lane in reading)
+        step_ms = _target_ms(costs, rows, prompts)
         if isinstance(policy, Auto):
-            chosen, spent = _draft_together(policy, running, costs)
-            outcomes = [lane.advance(own) for lane, own in zip(running, chosen, strict=True)]
-            draft_ms += spent
+            # In this order in the engine: it hears with the next step's work that requests ended.
+            policy.policy.forget([lane.request for lane in ended])
+            policy.policy.observe(
+                [lane.request for lane in decoding],
+                chosen,
+                [accepted for accepted, _ in outcomes],
+                step_ms + costs.overhead_ms,
+                rows + prompts,
+            )
         else:
-            for lane in running:
-                height = lane.height(policy, size)
-                outcomes.append(lane.advance(height))
-                policy.observe(lane.request, height, outcomes[-1][0])
-                chosen.append(height)
-            if passes := max(chosen):
-                draft_ms += passes * costs.draft_ms(sum(own > 0 for own in chosen))
-        rows = size + sum(chosen)
+            for lane, height, (accepted, _) in zip(decoding, chosen, outcomes, strict=True):
+                policy.observe(lane.request, height, accepted)
         extrapolated += rows > costs.target_ms.sizes[-1]
         for height, (accepted, unsure) in zip(chosen, outcomes, strict=True):
             heights[height] = heights.get(height, 0) + 1
             tokens += accepted + 1
             guessed += unsure
         drafted_in_all += sum(chosen)
-        staircases += size
+        staircases += len(decoding)
         steps += 1
-        target_ms += costs.target_ms(rows)
+        draft_ms += drafting.ms
+        target_ms += step_ms
+        for lane in reading:
+            lane.unread = 0
+            first_tokens += 1
         ended = [lane for lane in running if lane.position >= lane.tokens]
-        if isinstance(policy, Auto):
-            policy.policy.observe(
-                [lane.request for lane in running],
-                chosen,
-                [accepted for accepted, _ in outcomes],
-                costs.target_ms(rows) + costs.overhead_ms,
-            )
-            policy.policy.forget([lane.request for lane in ended])
         running = [lane for lane in running if lane.position < lane.tokens]
     overhead_ms = steps * costs.overhead_ms
     return Score(
         policy=policy.name,
         batch=batch,
-        tokens=tokens,
+        tokens=first_tokens + tokens,
         steps=steps,
         staircases=staircases,
         mean_height=drafted_in_all / staircases,
@@ -220,7 +294,7 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
         draft_ms=draft_ms,
         target_ms=target_ms,
         overhead_ms=overhead_ms,
-        tokens_per_s=tokens / (draft_ms + target_ms + overhead_ms) * 1e3,
+        tokens_per_s=(first_tokens + tokens) / (draft_ms + target_ms + overhead_ms) * 1e3,
         guessed=guessed / staircases,
         extrapolated=extrapolated / steps,
         simulated_per_s=staircases / (time.perf_counter() - started),

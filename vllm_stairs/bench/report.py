@@ -1,6 +1,6 @@
 """What people see: progress while it runs, tables when it is done. Needs rich."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -9,7 +9,7 @@ from vllm_stairs.bench.compare import Change
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.replay import Score
 from vllm_stairs.bench.results import Result
-from vllm_stairs.bench.summary import PARTS, TIMED, summarise
+from vllm_stairs.bench.summary import PARTS, TIMED
 
 
 def _rich() -> Any:
@@ -84,12 +84,12 @@ class Progress(AbstractContextManager["Progress"]):
 def show(result: Result, out: Any | None = None) -> None:
     """Print everything a run found out.
 
-    The tables are made from the measurements anew, so that files of earlier releases are shown
-    as this one counts.
+    Args:
+        result: with its summary, as a run or :func:`vllm_stairs.bench.results.load` made it.
+        out: a rich console; None: standard output.
     """
     out = out or console()
-    summary = summarise(result)
-    settings = result.settings
+    summary, settings = result.summary, result.settings
     prompts = result.prompts
     groups = ", ".join(f"{count} {name}" for name, count in sorted(prompts["groups"].items()))
     out.print(
@@ -199,11 +199,7 @@ def _speed(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
         "accept. length",
         "= plain",
     )
-    last = None
-    for row in rows:
-        if last not in (None, row["batch"]):
-            table.add_section()
-        last = row["batch"]
+    for row in _by_batch(rows, table):
         table.add_row(
             str(row["batch"]),
             row["arm"],
@@ -239,14 +235,8 @@ def _limits(rows: Sequence[Mapping[str, Any]], result: Result, title: str) -> An
         "measured ms/step " + "+".join(PARTS),
         "time share",
     )
-    last = None
-    for row in rows:
+    for row in _by_batch((row for row in rows if row["limit"]), table):
         limit, time = row["limit"], row["time"]
-        if not limit:
-            continue
-        if last not in (None, row["batch"]):
-            table.add_section()
-        last = row["batch"]
         table.add_row(
             str(row["batch"]),
             row["arm"],
@@ -391,3 +381,13 @@ def _table(title: str, *columns: str) -> Any:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _by_batch(rows: Iterable[Mapping[str, Any]], table: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows, the table getting a section for each batch size."""
+    last = None
+    for row in rows:
+        if last not in (None, row["batch"]):
+            table.add_section()
+        last = row["batch"]
+        yield row

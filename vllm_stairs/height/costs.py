@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import log2
 
+from vllm_stairs.height.isotonic import isotonic
+
 _NEWS = 1.15
 """By how much a plain step may differ from what was expected."""
 _LEVEL_WINDOW = 15
@@ -102,19 +104,17 @@ class Line:
     __slots__ = ("_left", "_right", "xs", "ys")
 
     def __init__(self, points: Sequence[tuple[float, float, float]], slope: float) -> None:
-        blocks: list[tuple[float, float, int]] = []  # mean, weight, how many points
-        for _, value, weight in points:
-            mean, total, many = value, weight, 1
-            while blocks and blocks[-1][0] > mean:
-                left, m, n = blocks.pop()
-                mean, total, many = (left * m + mean * total) / (m + total), m + total, many + n
-            blocks.append((mean, total, many))
         self.xs = xs = [x for x, _, _ in points]
-        self.ys = ys = [mean for mean, _, many in blocks for _ in range(many)]
+        self.ys = ys = isotonic([y for _, y, _ in points], [weight for _, _, weight in points])
         self._left = slope * ys[0]
         last, top = xs[-1], ys[-1]
         below = bisect_right(xs, 0.6 * last) - 1
-        grown = (top - ys[below]) / (last - xs[below]) if below >= 0 else slope * top
+        grown = slope * top
+        if below >= 0:
+            grown = (top - ys[below]) / (last - xs[below])
+        elif xs[0] <= 0.8 * last:
+            # A short way, but measured: where sizes cost little more, larger ones are to be tried.
+            grown = min(grown, (top - ys[0]) / (last - xs[0]))
         self._right = min(grown, top / max(last, 1.0))
 
     def __call__(self, size: float) -> float:
@@ -193,9 +193,11 @@ class TargetCost:
     @property
     def slope(self) -> float:
         """Assumed cost of one more row beyond those measured, relative to a pass."""
-        if self._per_row and self._level:
-            return self._per_row.value / self._level.value
-        return self._prior_slope
+        if not self._per_row or not self._level:
+            return self._prior_slope
+        measured = self._per_row.value / self._level.value
+        # A single prompt may have been the first of its shape: it can lower the guess only.
+        return measured if len(self._per_row) > 1 else min(measured, self._prior_slope)
 
     def knows_plain(self, rows: int) -> bool:
         """Whether plain steps of about so many rows were measured; two, if nothing else was."""
@@ -207,6 +209,9 @@ class TargetCost:
 
     def add(self, rows: int, ms: float, speculating: bool) -> None:
         """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
+        if len(self._level) == 1 and ms < 0.5 * self._level.value:
+            # The first step was dear (it compiled, say) and tells nothing, whatever its size.
+            self._level = Median(_LEVEL_WINDOW)
         if not self._level:
             self._anchor = rows
             self._plain_line = self._speculating_line = Line([(rows, 1.0, 1.0)], self.slope)

@@ -8,6 +8,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 
+from vllm_stairs.height.isotonic import isotonic
+
 
 class RunningMedian:
     """Median of the last ``window`` values: a cost spike moves it by one rank at most.
@@ -207,24 +209,22 @@ class RowCost:
     def _line(self, rows: int) -> float:
         return max(0.1, 1.0 + self._slope * (rows - self._first))
 
-    def _isotonic(self) -> list[tuple[int, float]]:
-        """The shape, non-decreasing: pooled adjacent violators."""
-        blocks: list[tuple[float, int, list[int]]] = []  # mean, weight, rows
-        for rows in sorted(self._shape):
-            seen, prior = len(self._shape[rows]), self._prior_weight
-            value = (self._shape[rows].value or 1.0) * seen + self._line(rows) * prior
-            blocks.append((value / (seen + prior), seen, [rows]))
-            while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-                (left, m, a), (right, n, b) = blocks[-2:]
-                blocks[-2:] = [((left * m + right * n) / (m + n), m + n, a + b)]
-        return [(rows, mean) for mean, _, sizes in blocks for rows in sizes]
+    def _rising(self) -> list[tuple[int, float]]:
+        """The shape, non-decreasing."""
+        sizes, prior = sorted(self._shape), self._prior_weight
+        seen = [len(self._shape[rows]) for rows in sizes]
+        drawn = [
+            ((self._shape[rows].value or 1.0) * count + self._line(rows) * prior) / (count + prior)
+            for rows, count in zip(sizes, seen, strict=True)
+        ]
+        return list(zip(sizes, isotonic(drawn, seen), strict=True))
 
     def _relative(self, rows: int) -> float:
         """The shape at ``rows``."""
         if rows == self._first and len(self._shape) == 1:
             return 1.0
         if self._points is None:
-            self._points = self._isotonic()
+            self._points = self._rising()
         points = self._points
         if len(points) == 1:
             return points[0][1] * self._line(rows) / self._line(points[0][0])

@@ -292,12 +292,15 @@ class Gain:
         for rate in self._touched:
             rate.absorb(self._cap)
         self._touched.clear()
-        if self._confident.trials > self._cap:
-            self._believed *= self._cap / self._confident.trials
-            self._confident.weaken(self._cap)
+        self._weaken_confident(self._cap)
         # With much evidence the estimates move little in a step.
         if self.evidence < 64 or not self._step % 4:
             self._estimate()
+
+    def _weaken_confident(self, cap: float) -> None:
+        if self._confident.trials > cap:
+            self._believed *= cap / self._confident.trials
+            self._confident.weaken(cap)
 
     def _estimate(self) -> None:
         weight = self._prior_weight * 16.0 / (16.0 + self.evidence)
@@ -329,6 +332,7 @@ class Gain:
         for rates in (self._positions, self._bins, self._after):
             for rate in rates:
                 rate.weaken(cap)
+        self._weaken_confident(cap)
         self._estimate()
 
     def forget(self, request: Hashable) -> None:

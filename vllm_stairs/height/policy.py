@@ -310,8 +310,10 @@ class HeightPolicy:
         if draft_ms is not None and height:
             cost.draft.add(draft_ms / height)
         if target_ms is not None and (draft_ms is not None or not height):
+            # A spike says nothing of what time is worth.
+            usual = cost.target(rows) + height * (cost.draft.value or 0.0)
             cost.tokens = 0.95 * cost.tokens + sum(accepted) + batch
-            cost.ms = 0.95 * cost.ms + target_ms + (draft_ms or 0.0)
+            cost.ms = 0.95 * cost.ms + min(target_ms + (draft_ms or 0.0), 2.0 * usual)
         self.acceptance.observe(heights, accepted)
         for row, drafted, kept in zip(confidences or (), heights, accepted, strict=False):
             for position, confidence in enumerate(row[: min(drafted, kept + 1)]):

@@ -13,29 +13,41 @@ Everything here is arithmetic on numbers: same calls, same decisions.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from operator import mul
 
+from vllm_stairs.height.choice import Choice, cheapest_trial, could_pay
 from vllm_stairs.height.costs import DraftCost, TargetCost, bucket
 from vllm_stairs.height.gain import Gain
+from vllm_stairs.height.plan import (
+    CATCHING_UP,
+    LIMIT,
+    LOAD,
+    MEASURING,
+    REASONS,
+    WEAK_DRAFT,
+    Plan,
+)
 from vllm_stairs.height.risk import Account, Prober
-from vllm_stairs.height.vector import best_prefix, best_vector
+from vllm_stairs.height.vector import best_prefix
 
-WEAK_DRAFT = "weak_draft"
-"""Drafts are kept too seldom, or cost too much, to pay even for a request alone."""
-LOAD = "load"
-"""Drafting would pay for the request alone; in this batch rows are too dear."""
-CATCHING_UP = "catching_up"
-"""Reading the text that the draft has missed would not pay back before the request's end."""
-MEASURING = "measuring"
-"""A step to learn from: plain, to know its cost, or with drafts of other requests."""
-LIMIT = "limit"
-"""The caller left no room and gave no reason of its own."""
-REASONS = (WEAK_DRAFT, LOAD, CATCHING_UP, MEASURING, LIMIT)
+__all__ = [
+    "CATCHING_UP",
+    "LIMIT",
+    "LOAD",
+    "MEASURING",
+    "REASONS",
+    "WEAK_DRAFT",
+    "Plan",
+    "RaggedPolicy",
+]
 
 _COLD = 8
 """Verified staircases after which the draft is no longer a stranger."""
+_COLD_STAKE = 2.0
+"""Times the account's balance that the first trial may cost: a long prompt has to be read for it,
+and waiting for a shorter one could last."""
 _TALLEST_COLD = 4
 """The largest height until half of these are verified."""
 _TALLEST_PROBE = 2
@@ -53,83 +65,14 @@ _PLAIN_APART = 16
 """Speculating steps between two plain ones that are made for their cost."""
 _LARGE_BATCH = 4
 _REPLAN_EVERY = 4
+_REPLAN_OFF = 8
+"""Steps for which a batch in which nobody drafts is left alone."""
 _EXPLORE_EVERY = 32
 """Steps between two that are one higher or lower, where no confidence varies the heights."""
+_UNTRIMMED_EVERY = 16
+"""Steps of which one verifies all that was drafted: what more rows cost is not known else."""
 _LONELY_PASSES = 64
 """Steps of one draft pass after which one has two: what is not done is not measured."""
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step's decision; see :meth:`RaggedPolicy.plan`. Costs are relative to the target's level.
-
-    Attributes:
-        keys: ``[B]``: the requests.
-        heights: ``[B]``: how far each may draft: with confidences a ceiling, else the height.
-        reasons: ``[B]``: why a height is 0 (:data:`REASONS` or the caller's), else None.
-        active: indices of the requests in the next draft pass, rising.
-        probe: whether this step drafts to learn, whatever it brings.
-        rate: tokens per unit of cost that rows and passes have to bring; 0 where off.
-        rows: cost of a speculating step with 0, 1, 2, ... drafts.
-        first, further: cost of the first and of each further draft pass.
-        filled: tokens of missing text that the first pass reads beside the usual.
-        holes: request's index -> tokens that it has to catch up, milliseconds of an instalment.
-        passes: requests in each draft pass so far.
-        confidences: request's index -> the draft's confidences; empty where unknown.
-        survival: request's index -> probabilities that all its drafts up to each are kept.
-    """
-
-    keys: Sequence[Hashable]
-    heights: list[int]
-    reasons: list[str | None]
-    active: list[int] = field(default_factory=list)
-    probe: bool = False
-    rate: float = 0.0
-    rows: list[float] = field(default_factory=list)
-    first: float = 0.0
-    further: float = 0.0
-    filled: int = 0
-    holes: dict[int, tuple[int, float]] = field(default_factory=dict)
-    passes: list[int] = field(default_factory=list)
-    confidences: dict[int, list[float]] = field(default_factory=dict)
-    survival: dict[int, list[float]] = field(default_factory=dict)
-
-    def drop(self, index: int) -> None:
-        """Take a request out of the next pass, for a reason of the caller's own.
-
-        Its draft has ended (an end-of-text token, say), after so many passes as there were.
-        """
-        self.active.remove(index)
-        self.heights[index] = len(self.passes)
-
-
-class _Option:
-    """The best choice so far of who drafts, and how far."""
-
-    __slots__ = ("drafting", "extra", "heights", "plan", "rate", "survivals")
-
-    def __init__(self, plan: Plan, survivals: dict[int, list[float]]) -> None:
-        self.plan = plan
-        self.survivals = survivals
-        # Index -> cost per step of filling its hole.
-        self.extra: dict[int, float] = {}
-        self.rate = 0.0
-        self.drafting: list[int] = []
-        self.heights: list[int] = []
-
-    def choose(self, drafting: list[int]) -> None:
-        """Take the best heights of these requests, if they are better than what there is."""
-        plan = self.plan
-        once = plan.first + sum(self.extra.get(index, 0.0) for index in drafting)
-        rate, heights = best_vector(
-            [self.survivals[index] for index in drafting],
-            len(plan.keys),
-            plan.rows,
-            once,
-            plan.further,
-        )
-        if rate > self.rate:
-            self.rate, self.drafting, self.heights = rate, drafting, heights
 
 
 class _Live:
@@ -192,9 +135,14 @@ class RaggedPolicy:
         # What steps bring of what was planned: stopping inside a draft makes it more.
         self._edge = 1.0
         self._brought = [20.0, 20.0]
+        # Requests in the last step.
+        self._batch = 1
         self._last: Plan | None = None
         self._last_heights: list[int] = []
         self._last_step = 0
+        # The last plan in which nobody was to draft, and its step.
+        self._idle: Plan | None = None
+        self._idle_step = 0
         self._pending: Plan | None = None
         self._pending_ms = self._pending_fill_ms = 0.0
         self._mean_height = 0.0
@@ -233,7 +181,7 @@ class RaggedPolicy:
             remaining: ``[B]``: tokens that each may still write. None: unknown.
             reasons: ``[B]``: why ``rooms`` is 0, where it is.
         """
-        batch = len(keys)
+        batch = self._batch = len(keys)
         self._steps += 1
         self.gains.tick()
         self.account.tick()
@@ -246,6 +194,8 @@ class RaggedPolicy:
                 if room <= 0:
                     plan.reasons[index] = (reasons[index] if reasons else None) or LIMIT
         if not able:
+            return plan
+        if self._stay_idle(plan, able):
             return plan
         if self._must_measure(batch):
             self._since_plain = 0
@@ -265,10 +215,29 @@ class RaggedPolicy:
             plan.survival[index], plan.confidences[index] = [], []
         if len(plan.active) < len(able):
             self._say_why(plan, survivals)
+            if not plan.active:
+                self._idle, self._idle_step = plan, self._steps
         elif self._on and not plan.probe and holes is None:
             self._last, self._last_step = plan, self._steps
             self._last_heights = list(plan.heights)
         return plan
+
+    def _stay_idle(self, plan: Plan, able: Sequence[int]) -> bool:
+        """Where nobody drafted and the batch has not changed, nobody drafts for a few steps more.
+
+        Without drafts nothing is learned that would change the decision, and a step without drafts
+        is to cost what a plain one costs.
+        """
+        idle = self._idle
+        if idle is None or idle.keys != plan.keys or self._steps - self._idle_step >= _REPLAN_OFF:
+            self._idle = None
+            return False
+        self._edge += 0.01 * (1.0 - self._edge)
+        self.prober.tick(True)
+        for index in able:
+            plan.reasons[index] = idle.reasons[index] or WEAK_DRAFT
+        self._since_plain = 0
+        return True
 
     def _repeat(self, plan: Plan, able: Sequence[int], rooms: Sequence[int]) -> bool:
         """In a batch of several that has not changed, do as in the last step, for a few steps.
@@ -282,6 +251,8 @@ class RaggedPolicy:
             or self._steps - self._last_step >= _REPLAN_EVERY
             or last.keys != plan.keys
             or self.account.blocked
+            # One that had no room then: nothing was decided about it.
+            or not all(self._last_heights[index] for index in able)
         ):
             return False
         self._since_plain += 1
@@ -324,19 +295,19 @@ class RaggedPolicy:
     ) -> None:
         """Who drafts: because it pays, to learn, or nobody."""
         batch, able, evidence = len(plan.keys), list(survivals), self.gains.evidence
-        option = _Option(plan, survivals)
+        option = Choice(plan, survivals)
         option.choose(able)
         probe_height = min(max(option.heights), _TALLEST_PROBE)
         least = (1.0 if self._on else 1.02) * batch / self.target.relative(batch, False)
-        go = option.rate * self._edge > least and not self.account.blocked
+        go = wanted = option.rate * self._edge > least and not self.account.blocked
         if go and holes is not None:
-            self._weigh_holes(plan, option, holes, remaining)
+            self._weigh_holes(option, holes, remaining)
             go = option.rate * self._edge > least
         pilots: list[int] = []
         if go and evidence < _COLD:
             # Nothing is known of the draft yet: a few try it first, if that can be afforded.
             pilots, cost = self._pilots(plan, able, holes, probe_height)
-            go = cost <= self.account.balance
+            go = cost <= _COLD_STAKE * self.account.balance
         self._on = go
         self.prober.tick(not go)
         if go:
@@ -347,7 +318,7 @@ class RaggedPolicy:
                 self._go(plan, option, rooms)
             return
         self._edge += 0.01 * (1.0 - self._edge)
-        good = evidence >= _COLD and self.gains.rates[0] > _GOOD
+        good = evidence >= _COLD and self.gains.rates[0] > _GOOD and not wanted
         useful = self._could_pay(batch) and not good
         if self.prober.due(evidence > 0, useful):
             pilots, cost = self._pilots(plan, able, holes, probe_height)
@@ -358,52 +329,21 @@ class RaggedPolicy:
 
     def _weigh_holes(
         self,
-        plan: Plan,
-        option: _Option,
+        option: Choice,
         holes: Sequence[int],
         remaining: Sequence[int] | None,
     ) -> None:
-        """Choose with those who would have to catch up, where that pays back.
-
-        Filling a hole costs once and serves to the request's end: it is charged in instalments,
-        one per expected staircase. Chosen is the best of: all, those who bring their own
-        instalment at the rate that all would reach, those without a hole. What may be spent in a
-        step is limited, and goes to the smallest holes.
-        """
-        level, able = self.target.level, list(option.survivals)
-        left = self.account.stake * self.target(len(plan.keys))
-        for index in sorted(able, key=holes.__getitem__):
-            if holes[index] > 0:
-                left -= self.draft.fill(holes[index], self.target.unit)
-                if left < 0.0:
-                    able.remove(index)
-                    plan.holes[index] = (holes[index], 0.0)
-                    continue
-                rest = self._typical_length
-                if remaining is not None:
-                    rest = min(rest, float(remaining[index]))
-                steps = max(rest / (1.0 + sum(option.survivals[index])), 1.0)
-                instalment = self.draft.fill(holes[index], self.target.unit) / steps
-                plan.holes[index] = (holes[index], instalment)
-                option.extra[index] = instalment / level
-        option.rate = 0.0
-        if not able:
-            return
-        option.choose(able)
-        price = option.rate * (plan.rows[len(able)] - plan.rows[0]) / len(able)
-        tallest = max(option.heights)
-        option.choose(
-            [
-                index
-                for index in able
-                if index not in option.extra
-                or sum(max(value - price, 0.0) for value in option.survivals[index][:tallest])
-                > option.rate * option.extra[index]
-            ]
+        """Let the choice be made anew with the price of reading what the draft has missed."""
+        target, batch, typical = self.target, len(holes), self._typical_length
+        option.weigh_holes(
+            holes,
+            [typical] * batch if remaining is None else [min(typical, rest) for rest in remaining],
+            partial(self.draft.fill, plain_ms=target.unit),
+            target.level,
+            self.account.stake * target(batch),
         )
-        option.choose([index for index in able if index not in option.extra])
 
-    def _go(self, plan: Plan, option: _Option, rooms: Sequence[int]) -> None:
+    def _go(self, plan: Plan, option: Choice, rooms: Sequence[int]) -> None:
         """Draft because it is expected to pay."""
         tallest = self.max_height
         if self.gains.evidence < _COLD / 2:
@@ -422,11 +362,9 @@ class RaggedPolicy:
     ) -> tuple[list[int], float]:
         """Who is to draft so that something is learned, and what that costs (plain steps).
 
-        Those with the smallest holes, after a wait first those of whom nothing is known; so many
-        that what has to be learned is learned at the least cost: each fills its hole once, and the
-        more there are the fewer steps it takes.
+        Those with the smallest holes, after a wait first those of whom nothing is known.
         """
-        gains, keys, target, draft = self.gains, plan.keys, self.target, self.draft
+        gains, keys = self.gains, plan.keys
         strangers = gains.evidence >= _COLD and self.prober.fresh
         ranked = sorted(
             able,
@@ -435,22 +373,15 @@ class RaggedPolicy:
                 holes[index] if holes else 0,
             ),
         )
-        wanted = max(_COLD - int(gains.evidence), _PROBED)
-        plain = target(len(keys))
-        best, count, price, missing = 0.0, 0, 0.0, 0
-        for number, index in enumerate(ranked[:wanted], 1):
-            missing += holes[index] if holes else 0
-            once = draft.fill(missing, target.unit, sure=False)
-            step = (
-                draft.first(number, target.unit)
-                + (height - 1) * draft.next(number, target.unit)
-                + target(len(keys) + height * number, True)
-                - plain
-            )
-            total = once + step * -(-wanted // number)
-            if not count or total < best:
-                best, count, price = total, number, once + step
-        return sorted(ranked[:count]), price / plain
+        count, ms = cheapest_trial(
+            [holes[index] if holes else 0 for index in ranked],
+            len(keys),
+            height,
+            max(_COLD - int(gains.evidence), _PROBED),
+            self.target,
+            self.draft,
+        )
+        return sorted(ranked[:count]), ms / self.target(len(keys))
 
     def _probe(self, plan: Plan, pilots: Sequence[int], rooms: Sequence[int], height: int) -> None:
         """Draft with a few requests to learn."""
@@ -460,16 +391,10 @@ class RaggedPolicy:
             plan.active.append(index)
 
     def _could_pay(self, batch: int) -> bool:
-        """Whether a draft that is nearly always right would pay at this batch size."""
+        """Whether a draft that is nearly always right would pay at this batch size, as of late."""
         step, answer = self._potential.get(batch, (-100, False))
         if self._steps - step >= 32:
-            unit, plain = self.target.unit, self.target(batch)
-            first, further = self.draft.first(batch, unit), self.draft.next(batch, unit)
-            answer = any(
-                (1.0 + sum(0.9**stair for stair in range(1, height + 1))) * plain
-                > 1.03 * (self.target(batch * (height + 1), True) + first + (height - 1) * further)
-                for height in range(1, min(self.max_height, 4) + 1)
-            )
+            answer = could_pay(batch, min(self.max_height, 4), self.target, self.draft)
             self._potential[batch] = (self._steps, answer)
         return answer
 
@@ -525,11 +450,11 @@ class RaggedPolicy:
         depth = len(plan.passes)
         worth = None if confidences is None else self._after_pass(plan, confidences)
         places = [place for place, index in enumerate(active) if heights[index] > depth]
-        if places and elapsed_ms is not None and elapsed_ms > 2.0 * self._expected_ms(plan):
+        if places and elapsed_ms is not None and elapsed_ms > 2.0 * sum(self._expected_ms(plan)):
             places = []
         if places and worth is not None and not plan.probe:
             able, places = places, self._worth_a_pass(plan, places, worth)
-            if not places and self._lonely >= _LONELY_PASSES:
+            if not places and depth == 1 and self._lonely >= _LONELY_PASSES:
                 places = [max(able, key=worth.__getitem__)]
         if len(places) == len(active):
             return places
@@ -538,11 +463,10 @@ class RaggedPolicy:
             heights[index] = depth
         return places
 
-    def _expected_ms(self, plan: Plan) -> float:
-        """Milliseconds that the draft passes so far were expected to take."""
+    def _expected_ms(self, plan: Plan) -> tuple[float, float]:
+        """Milliseconds that the draft passes so far, and reading missing text, should take."""
         passes = plan.first + (len(plan.passes) - 1) * plan.further
-        fill = self.draft.fill(plan.filled, self.target.unit) if plan.filled else 0.0
-        return passes * self.target.level + fill
+        return passes * self.target.level, self.draft.fill(plan.filled, self.target.unit)
 
     def _after_pass(self, plan: Plan, confidences: Sequence[float]) -> list[float]:
         """Note what is known now; returns per active request what one more stair would bring."""
@@ -587,12 +511,13 @@ class RaggedPolicy:
         heights = list(plan.heights)
         for index, confidences in plan.confidences.items():
             self._of(plan.keys[index]).confidences = confidences
-        if may_trim and not plan.probe:
+        if may_trim and not plan.probe and self._steps % _UNTRIMMED_EVERY:
             pool = [value for own in plan.survival.values() for value in own]
             pool.sort(reverse=True)
-            count = best_prefix(pool, plan.rows[: len(pool) + 1], plan.rate) if pool else 0
+            # One is verified in any case: from a step that verifies nothing nothing is learned.
+            count = max(best_prefix(pool, plan.rows[: len(pool) + 1], plan.rate), 1) if pool else 0
             if count < len(pool):
-                least = pool[count - 1] if count else 2.0
+                least = pool[count - 1]
                 for index, own in plan.survival.items():
                     heights[index] = sum(value >= least for value in own)
         return heights
@@ -611,28 +536,25 @@ class RaggedPolicy:
         later = plan.passes[1:]
         self._lonely = 0 if later else self._lonely + 1
         mean_later = sum(later) / len(later) if later else 1.0
-        usual = (plan.first + len(later) * plan.further) * self.target.level
-        total = first_ms + (next_ms or 0.0)
+        usual, reading = self._expected_ms(plan)
         self.draft.add(
             plan.passes[0], len(later), plan.filled, self.target.unit, first_ms, next_ms, mean_later
         )
-        filling = 0.0
-        if plan.filled:
-            filling = max(total - usual, 0.0)
-            if plan.rate and not plan.probe:
-                self._borrow(plan, filling)
-                self._pending_fill_ms = filling
-                filling = 0.0
         # One outlier (a compilation) says nothing about the next step.
-        self._pending_ms = filling + min(total - self._pending_fill_ms - filling, 3.0 * usual)
+        self._pending_ms = min(first_ms + (next_ms or 0.0), 3.0 * (usual + reading))
+        if plan.filled and plan.rate and not plan.probe:
+            self._pending_fill_ms = max(self._pending_ms - usual, 0.0)
+            self._pending_ms -= self._pending_fill_ms
+            self._borrow(plan, self._pending_fill_ms)
 
     def _borrow(self, plan: Plan, filling_ms: float) -> None:
         """Filling holes is an investment: charged in instalments while the request drafts."""
         for index, (hole, instalment) in plan.holes.items():
             if plan.heights[index]:
                 live = self._of(plan.keys[index])
+                # A small hole (after a plain step, say) does not put off what is still owed.
+                live.instalment = instalment + (live.instalment if live.debt else 0.0)
                 live.debt += filling_ms * hole / plan.filled
-                live.instalment = instalment
 
     # -------------------------------------------------------------------------- learning
 
@@ -727,7 +649,7 @@ class RaggedPolicy:
             if live.written:
                 self._typical_length += 0.1 * (live.written - self._typical_length)
             if live.debt and self.target.known:
-                self.account.book(-live.debt / self.target.unit)
+                self.account.write_off(live.debt / self.target(self._batch))
 
     def _of(self, key: Hashable) -> _Live:
         live = self._live.get(key)

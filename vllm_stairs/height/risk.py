@@ -34,9 +34,11 @@ class Prober:
         self._wait, self._idle, self._burst = _FIRST_WAIT, 0, 0
 
     def tick(self, off: bool) -> None:
-        """A step begins, with speculation off or on."""
+        """A step begins, with speculation off or on; on, it ends a series of probes."""
         self.credit = min(self.credit + self._share, self._most)
-        self._idle = self._idle + 1 if off else 0
+        self._idle += 1
+        if not off:
+            self._idle = self._burst = 0
 
     def due(self, known: bool, useful: bool = True) -> bool:
         """Whether enough steps have passed for a probe.
@@ -59,7 +61,7 @@ class Prober:
     @property
     def fresh(self) -> bool:
         """Whether the next probe is the first after a wait."""
-        return self._wait > 0 and self._burst == 0
+        return self._burst == 0
 
     def made(self, won: float, promising: bool) -> None:
         """A probe has been verified.
@@ -74,7 +76,7 @@ class Prober:
             self._idle = self._wait
             return
         self._burst = self._idle = 0
-        self._wait = min(max(2 * self._wait, _FIRST_WAIT), _LONGEST_WAIT)
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
 
     def reset(self) -> None:
         """Speculation pays: should it stop to pay, the first probe is soon again."""
@@ -121,6 +123,17 @@ class Account:
             if not self._left and lent > 0.0:
                 self.balance += lent
                 self._owed += lent
+
+    def write_off(self, lost: float) -> None:
+        """An investment will not come back: what was won of late bears it first.
+
+        Args:
+            lost: plain steps.
+        """
+        covered = min(lost, self._earned)
+        self._earned -= covered
+        if lost > covered:
+            self.book(covered - lost)
 
     def book(self, won: float) -> None:
         """Record a step: plain steps won against plain decoding; negative: lost."""

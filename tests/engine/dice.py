@@ -1,0 +1,66 @@
+"""A height policy that decides at random, within what requests allow."""
+
+import random
+from collections import Counter
+from typing import Any
+
+from vllm_stairs.height.ragged import RaggedPolicy
+
+
+class Dice(RaggedPolicy):
+    """Decides at random, within what requests allow."""
+
+    def __init__(self, max_height: int, seed: int) -> None:
+        super().__init__(max_height)
+        self.dice = random.Random(seed)
+        self.planned: Counter = Counter()
+        self.trimmed = 0
+
+    def plan(self, keys, rooms, *args, **kwargs):  # type: ignore[no-untyped-def]
+        plan = super().plan(keys, rooms, *args, **kwargs)
+        off = self.dice.random() < 0.3
+        plan.active = [
+            i for i, room in enumerate(rooms) if room > 0 and not off and self.dice.random() < 0.7
+        ]
+        for i in range(len(keys)):
+            drafts = i in plan.active
+            plan.heights[i] = self.dice.randint(1, rooms[i]) if drafts else 0
+            plan.reasons[i] = None if drafts else "load"
+            self.planned[plan.heights[i]] += 1
+        plan.survival = {i: [] for i in plan.active}
+        plan.confidences = {i: [] for i in plan.active}
+        return plan
+
+    def proceed(self, plan, confidences=None, elapsed_ms=None):  # type: ignore[no-untyped-def]
+        assert all(0.0 <= value <= 1.0001 for value in confidences)
+        assert len(confidences) == len(plan.active)
+        active = plan.active
+        plan.passes.append(len(active))
+        depth = len(plan.passes)
+        places = [
+            place
+            for place, index in enumerate(active)
+            if plan.heights[index] > depth and self.dice.random() < 0.8
+        ]
+        plan.active = [active[place] for place in places]
+        for index in set(active).difference(plan.active):
+            plan.heights[index] = depth
+        return places
+
+    def settle(self, plan, may_trim=False):  # type: ignore[no-untyped-def]
+        heights = super().settle(plan, False)
+        if not may_trim:
+            return heights
+        trimmed = [self.dice.randint(0, h) if self.dice.random() < 0.2 else h for h in heights]
+        self.trimmed += sum(heights) - sum(trimmed)
+        return trimmed
+
+    def drafted(self, *_):  # type: ignore[no-untyped-def]
+        """Dice learn nothing from prices."""
+
+
+def roll(worker: Any, seed: int) -> None:
+    """Let dice decide on the worker that decides."""
+    decider = worker.model_runner.stairs_decider
+    if decider.policy is not None:
+        decider.policy = Dice(worker.model_runner.num_spec_tokens, seed)

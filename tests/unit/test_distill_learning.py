@@ -17,7 +17,14 @@ from vllm_stairs.distill.labels import label
 from vllm_stairs.distill.losses import distance
 from vllm_stairs.distill.prompts import Seed
 from vllm_stairs.distill.shards import Folder, Shard
-from vllm_stairs.distill.training import Examples, Recipe, frequencies, train, trained_ids
+from vllm_stairs.distill.training import (
+    Examples,
+    Recipe,
+    columns_of_step,
+    frequencies,
+    train,
+    trained_ids,
+)
 
 
 def coarsen(p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -202,3 +209,15 @@ def test_a_training_stops_at_its_limit_and_goes_on(tiny: TinyModels, tmp_path: P
     steps, said = learn(None)
     assert steps == [0, 1, 2, len(Examples([data])) // 16]
     assert "stopping" not in said
+
+
+def test_a_step_uses_the_frequent_ids_and_those_that_are_likely_in_it():
+    ids = torch.tensor([[5, 1, 7], [2, -1, 5]])
+    probabilities = torch.tensor([[0.9, 0.05, 1e-5], [0.5, 0.4, 0.1]])
+    columns, found = columns_of_step(ids, probabilities.log(), torch.tensor([0, 2]), 9)
+    assert columns.tolist() == [0, 1, 2, 5]
+    # 7 is neither frequent nor likely: it counts with the rest, as an id that is not trained.
+    assert found.tolist() == [[3, 1, -1], [2, -1, 3]]
+    everything, same = columns_of_step(ids, probabilities.log(), torch.arange(9), 9)
+    assert everything.tolist() == list(range(9))
+    assert same.tolist() == ids.tolist()

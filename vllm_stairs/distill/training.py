@@ -1,6 +1,7 @@
 """The draft learns to agree with the target, with Transformers' own trainer."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,11 @@ from vllm_stairs.distill.labels import Labels
 from vllm_stairs.distill.losses import distance
 from vllm_stairs.distill.shards import Folder, Shard
 from vllm_stairs.proposer.vocabulary import covering_ids
+
+COMMON = 0.97
+"""The most frequent ids that make up this share of the data take part in every step."""
+LIKELY = 1e-3
+"""Probability above which an id takes part in the step in which the target gives it that."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,30 @@ class Examples(torch.utils.data.Dataset[dict[str, Any]]):
         }
 
 
+def columns_of_step(
+    ids: torch.Tensor, log_probabilities: torch.Tensor, common: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of the trained head that a step needs.
+
+    A head over many thousand ids is half of a small draft's work, and most of them have no part in
+    a step: neither frequent nor likely anywhere in it. They count with the rest.
+
+    Args:
+        ids: columns of the trained head of the target's likeliest ids, or -1. Shape [positions, k].
+        log_probabilities: the target's, of the same.
+        common: columns of the frequent ids, which take part in every step. Shape [common].
+        size: columns of the trained head.
+
+    Returns:
+        The columns that take part, ascending, and ``ids`` as indices into these, or -1.
+    """
+    taking_part = torch.zeros(size, dtype=torch.bool, device=ids.device)
+    taking_part[common] = True
+    taking_part[ids[(ids >= 0) & (log_probabilities > math.log(LIKELY))]] = True
+    place = torch.where(taking_part, taking_part.cumsum(0) - 1, -1)
+    return taking_part.nonzero().squeeze(-1), place[ids.clamp(min=0)].where(ids >= 0, -1)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Puts conversations side by side; padding stands at the end, where nothing sees it."""
@@ -129,6 +159,7 @@ class DraftTrainer(Trainer):
         self,
         *args: Any,
         head_ids: torch.Tensor,
+        common: torch.Tensor,
         loss: str,
         held_out: Sequence[Text],
         lengths: list[int],
@@ -138,6 +169,7 @@ class DraftTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.head_ids = head_ids.to(self.args.device)
+        self.common = common.to(self.args.device)
         self.loss_kind = loss
         self.held_out = held_out
         self.lengths = lengths
@@ -151,10 +183,11 @@ class DraftTrainer(Trainer):
         """Distance to the target at every labelled position."""
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
-        logits = torch.nn.functional.linear(chosen, model.lm_head.weight[self.head_ids])
-        found: torch.Tensor = distance(
-            self.loss_kind, logits, inputs["ids"], inputs["log_probabilities"]
+        columns, ids = columns_of_step(
+            inputs["ids"], inputs["log_probabilities"], self.common, len(self.head_ids)
         )
+        logits = torch.nn.functional.linear(chosen, model.lm_head.weight[self.head_ids[columns]])
+        found: torch.Tensor = distance(self.loss_kind, logits, ids, inputs["log_probabilities"])
         return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -307,6 +340,7 @@ def train(
         data_collator=Collator(column),
         callbacks=callbacks,
         head_ids=head_ids,
+        common=column[torch.from_numpy(trained_ids(counts, COMMON))],
         loss=recipe.loss,
         held_out=held_out,
         lengths=examples.lengths(),

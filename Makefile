@@ -23,10 +23,12 @@ models: setup ## prepare models/: SmolLM2-135M-Instruct and its test drafts
 
 demo: setup ## the main job: serve with stairs, chat, show the speculation figures
 	@$(PREPARE) smollm2
+	@$(PREPARE) draft
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 serve: setup ## the demo's server on port 8000, to talk to (examples/client.py)
 	@$(PREPARE) smollm2
+	@$(PREPARE) draft
 	@$(BIN)/python examples/demo.py --serve $(ARGS)
 
 test: setup models ## the tests (ARGS='-k name' to choose)

@@ -57,6 +57,11 @@ class StairsOptions(BaseModel):
         "frequent ids; 'full': all; a number: so many of the most frequent; or a file of ids (a "
         "JSON list, one id a line, or safetensors with 'ids').",
     )
+    placement: Literal["colocated", "replicated"] = Field(
+        default="colocated",
+        description="Where the draft lives under tensor parallelism: 'colocated', sharded as the "
+        "target is; 'replicated', whole on every rank, without communication.",
+    )
     record: str | None = Field(
         default=None,
         min_length=1,

@@ -6,6 +6,11 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
+from vllm_stairs.bench import prompts as bench
+
+FLOOR = 0.40
+"""First-position acceptance of the shipped draft, mean of the groups, that it must not lose."""
+
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
@@ -76,3 +81,24 @@ def test_bfloat16_differs_only_at_ties(smollm2: Path, plain: dict[str, list[Any]
             assert best - second <= 0.25, f"position {i}: {mine} instead of {yours}"
             break
     assert compared > 60
+
+
+def test_the_shipped_draft_is_kept_often_enough(smollm2: Path) -> None:
+    """On development prompts, two of each group; and the text is the target's."""
+    chosen = bench.select(bench.load("spec-bench"), limit=12)
+    chats = [[{"role": "user", "content": prompt.turns[0]}] for prompt in chosen]
+    params = SamplingParams(temperature=0, max_tokens=40)
+    engine = {**ENGINE, "dtype": "float32", "max_model_len": 2048}
+
+    def answers(llm: LLM) -> list[list[int]]:
+        outputs = llm.chat(chats, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    draft = smollm2.with_name(f"{smollm2.name}-draft")
+    config = {"method": "stairs", "model": str(draft), "stairs_height": "fixed"}
+    stairs = LLM(model=str(smollm2), speculative_config=config, **engine)
+    ours = answers(stairs)
+    counts = stairs.collective_rpc("stairs_statistics")[0]
+    del stairs
+    assert ours == answers(LLM(model=str(smollm2), **engine))
+    assert counts["accepted_per_position"][0] > FLOOR * counts["drafted_per_position"][0]

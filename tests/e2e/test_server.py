@@ -39,7 +39,7 @@ def plain(smollm2: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Base URL of a server with stairs, the target as its own draft."""
+    """Base URL of a server with stairs as a user gets it: the shipped draft, nothing else said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,8 +50,7 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process = subprocess.Popen(
             [
                 Path(sys.executable).parent / "vllm", "serve", smollm2,
-                "--speculative-method", "stairs", "--speculative-model", smollm2,
-                "--num-speculative-tokens", "4",
+                "--speculative-method", "stairs",
                 "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
                 "--max-model-len", "512", "--max-num-seqs", "8",
                 "--kv-cache-memory-bytes", str(512 * 2**20),
@@ -185,7 +184,6 @@ def test_to_the_edge_of_max_model_len(client: openai.OpenAI, plain: LLM) -> None
 
 
 def test_client_gone_and_metrics(client: openai.OpenAI, server: str) -> None:
-    before = metrics(server)
     stream = client.completions.create(
         model=MODEL, prompt=PROMPTS[3], stream=True, temperature=0, max_tokens=400,
         extra_body={"ignore_eos": True},
@@ -200,14 +198,14 @@ def test_client_gone_and_metrics(client: openai.OpenAI, server: str) -> None:
     assert now["vllm:kv_cache_usage_perc"] == 0
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         key = f"vllm:spec_decode_num_{name}_total"
-        assert now[key] > before[key]
+        assert now[key] > 0
     heights = 'vllm:spec_decode_stairs_height_bucket{le="%s"}'
-    assert now[heights % "+Inf"] > before[heights % "+Inf"]
-    assert now[heights % "4.0"] == now[heights % "+Inf"]
+    assert now[heights % "4.0"] == now[heights % "+Inf"] > 0
     assert now[heights % "0.0"] > 0, "opted-out requests are staircases of height 0"
     assert now["vllm:spec_decode_stairs_acceptance_length_sum"] > 0
     for phase in ("draft", "target", "validation"):
         assert now['vllm:spec_decode_stairs_time_seconds_total{phase="%s"}' % phase] > 0  # noqa: UP031
-    # The target as its own draft: what is verified is accepted.
     drafted = now["vllm:spec_decode_num_draft_tokens_total"]
-    assert now["vllm:spec_decode_num_accepted_tokens_total"] > 0.8 * drafted
+    assert 0.2 * drafted < now["vllm:spec_decode_num_accepted_tokens_total"] < drafted
+    assert now["vllm:spec_decode_stairs_estimated_gain"] > 0
+    assert now['vllm:spec_decode_stairs_off_total{reason="opt_out"}'] > 0

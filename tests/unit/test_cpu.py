@@ -1,5 +1,6 @@
 """Cores for workers."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -51,3 +52,16 @@ def test_the_users_choice_stands(monkeypatch: pytest.MonkeyPatch, variable: str)
     monkeypatch.delenv(cpu.BINDING, raising=False)
     monkeypatch.setenv(variable, "1")
     assert cpu.bind_threads(1) is None
+
+
+def test_our_own_choice_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (cpu.BINDING, cpu.RESERVED):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(
+        "vllm.utils.cpu_resource_utils.get_allowed_cpu_list", lambda: machine(4), raising=True
+    )
+    assert cpu.bind_threads(1) == "0,1,2,3"
+    assert cpu.bind_threads(2) == "0,1|2,3" == os.environ[cpu.BINDING]
+    assert cpu.bind_threads(8) is None
+    assert cpu.BINDING not in os.environ

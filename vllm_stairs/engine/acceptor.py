@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
@@ -109,6 +110,10 @@ class StairsRejectionSampler(RejectionSampler):
             is_greedy=_is_greedy(sampling_metadata, num_drafts),
             max_height=metadata.max_spec_len,
         )
+        if draft_probs is not None:
+            # Every rank has its own, which a whole draft or a trimmed head made there; should they
+            # round differently, ranks must not keep different tokens.
+            sampled_token_ids = get_tp_group().broadcast(sampled_token_ids)
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             logprobs = self._get_logprobs_tensors(

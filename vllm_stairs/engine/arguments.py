@@ -207,7 +207,8 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     )
     _check_record(options)
     _check_engine(engine_args, target, parallel)
-    _check_keys(values, parallel.tensor_parallel_size)
+    _check_keys(values)
+    options = _settle_placement(options, values, parallel.tensor_parallel_size)
     values["num_speculative_tokens"] = _check_height(engine_args, target, values)
     values["model"] = _find_draft(values.get("model"), target)
     _check_table(values)
@@ -231,7 +232,8 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
 
         parallel.worker_cls = _CPU_WORKER
         cpu.preload_openmp()
-        binding = cpu.bind_threads(parallel.tensor_parallel_size)
+        # An engine in this very process has threads already.
+        binding = None if _in_process() else cpu.bind_threads(parallel.tensor_parallel_size)
         if binding is not None:
             _logger().info(
                 "Stairs binds the workers' threads to cores %s (one worker to a bar); with %s set "
@@ -263,9 +265,13 @@ def _has_worker_processes(parallel: Any) -> bool:
     """Whether vLLM will take its executor for worker processes; on CPU that comes later."""
     from vllm.platforms import current_platform
 
-    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
     backend = parallel.distributed_executor_backend
-    return backend == "mp" or (backend == "uni" and current_platform.is_cpu() and not in_process)
+    return backend == "mp" or (backend == "uni" and current_platform.is_cpu() and not _in_process())
+
+
+def _in_process() -> bool:
+    """Whether the engine core runs in this very process."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
 
 
 def _logger() -> Any:
@@ -352,7 +358,7 @@ def _check_engine(engine_args: Any, target: Any, parallel: Any) -> None:
         )
 
 
-def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
+def _check_keys(values: Mapping[str, Any]) -> None:
     """The other keys of vLLM's ``speculative_config``: each works or stops here."""
     from vllm.platforms import current_platform
 
@@ -377,12 +383,40 @@ def _check_keys(values: Mapping[str, Any], tensor_parallel_size: int) -> None:
         raise ValueError(
             "rejection_sample_method='synthetic' does not exist in vLLM's CPU build: leave it out."
         )
-    draft_size = values.get("draft_tensor_parallel_size")
-    if draft_size is not None and draft_size != tensor_parallel_size:
+
+
+def _settle_placement(
+    options: StairsOptions, values: dict[str, Any], tensor_parallel_size: int
+) -> StairsOptions:
+    """Bring ``stairs_placement`` and vLLM's ``draft_tensor_parallel_size`` together.
+
+    Args:
+        options: as given.
+        values: the other keys; get the draft's size.
+        tensor_parallel_size: of the target.
+
+    Returns:
+        Options with the placement that it will be: without tensor parallelism there is one.
+    """
+    key = "draft_tensor_parallel_size"
+    sizes = {"colocated": tensor_parallel_size, "replicated": 1}
+    size = values.get(key)
+    if size is None:
+        size = sizes[options.placement]
+    elif size not in sizes.values():
+        whole = "" if tensor_parallel_size == 1 else "1 (the whole draft on every rank) or "
         raise ValueError(
-            f"draft_tensor_parallel_size={draft_size}: the draft runs at the target's tensor "
-            f"parallel size for now; leave it out or set it to {tensor_parallel_size}."
+            f"{key}={size!r}: the draft runs sharded as the target is, or whole on every rank: "
+            f"leave it out or set it to {whole}{tensor_parallel_size}."
         )
+    elif "placement" in options.model_fields_set and size != sizes[options.placement]:
+        raise ValueError(
+            f"{key}={size} does not go with stairs_placement={options.placement}, which is "
+            f"{sizes[options.placement]}: leave one of the two out."
+        )
+    values[key] = size
+    replicated = size < tensor_parallel_size
+    return options.model_copy(update={"placement": "replicated" if replicated else "colocated"})
 
 
 def _check_record(options: StairsOptions) -> None:

@@ -73,6 +73,9 @@ HOOKS: tuple[Hook, ...] = (
         "wrapped: our metrics and log line",
     ),
     _hook("v1.worker.cpu_worker", "CPUModelRunner", None, "replaced during init_device"),
+    _hook(_RUNNER, "DraftModelProposer", None, "replaced while the runner is made"),
+    _hook("distributed.parallel_state", "_TP", None, "swapped around a replicated draft"),
+    _hook("distributed.parallel_state", "get_pp_group", "", "the group of a replicated draft"),
     _hook("v1.worker.cpu_worker", "CPUWorker.init_device", "self", "makes our runner on CPU"),
     # --- overridden
     _hook("v1.worker.gpu_worker", "Worker._make_model_runner", "self", "makes our runner"),
@@ -81,6 +84,21 @@ HOOKS: tuple[Hook, ...] = (
         "SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
         "self",
         "overridden: padded vocabulary sizes may differ",
+    ),
+    _hook(
+        "config.speculative",
+        "SpeculativeConfig.compute_hash",
+        "self",
+        "extended: compiled drafts depend on their tensor parallel size",
+    ),
+    _hook(
+        "config.speculative",
+        "SpeculativeConfig",
+        None,
+        "tensor parallel sizes of target and draft",
+        "draft_tensor_parallel_size",
+        "draft_parallel_config",
+        "target_parallel_config",
     ),
     _hook(_RUNNER, "GPUModelRunner.__init__", "self vllm_config device", "our parts are put in"),
     _hook(
@@ -131,6 +149,18 @@ HOOKS: tuple[Hook, ...] = (
         "SpecDecodeBaseProposer.load_model",
         "self target_model",
         "extended: trims the draft's head",
+    ),
+    _hook(
+        _PROPOSER,
+        "SpecDecodeBaseProposer.dummy_run",
+        "self num_tokens",
+        "in the group of a replicated draft",
+    ),
+    _hook(
+        "v1.spec_decode.draft_model",
+        "DraftModelProposer._raise_if_draft_tp_mismatch",
+        "self",
+        "a draft of tensor parallel size 1 may run under any target",
     ),
     _hook(
         "model_executor.layers.logits_processor",
@@ -321,6 +351,12 @@ HOOKS: tuple[Hook, ...] = (
     _hook("forward_context", "set_forward_context", "attn_metadata vllm_config", "draft pass"),
     _hook("utils.torch_utils", "async_tensor_h2d", "data device", "transfers"),
     _hook("distributed.parallel_state", "get_tp_group", "", "one rank decides heights"),
+    _hook(
+        "distributed.parallel_state",
+        "GroupCoordinator.broadcast",
+        "self input_",
+        "ranks keep the same sampled tokens",
+    ),
     _hook(
         "distributed.parallel_state",
         "GroupCoordinator",

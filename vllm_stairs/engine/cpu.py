@@ -18,6 +18,8 @@ from typing import Protocol
 LIBRARY = "libiomp5"
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+_OURS = "VLLM_STAIRS_THREADS_BIND"
+"""What we set the binding to: an engine started from here later may need another."""
 FEW_CORES = 8
 """Cores of a worker below which the one that vLLM reserves is missed: an eighth of the speed."""
 
@@ -72,11 +74,15 @@ def bind_threads(workers: int) -> str | None:
     """
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
-    if BINDING in os.environ or RESERVED in os.environ:
+    given = os.environ.get(BINDING)
+    if RESERVED in os.environ or (given is not None and given != os.environ.get(_OURS)):
         return None
     binding = thread_binding(get_allowed_cpu_list(), workers)
-    if binding is not None:
-        os.environ[BINDING] = binding
+    for variable in (BINDING, _OURS):
+        if binding is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = binding
     return binding
 
 

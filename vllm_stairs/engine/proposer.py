@@ -27,6 +27,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
 from vllm_stairs.acceptor.greedy import most_likely
+from vllm_stairs.engine.placement import in_draft_group
 from vllm_stairs.engine.trimmed_head import CannotTrimError, trim_head
 from vllm_stairs.proposer.plan import plan_passes
 from vllm_stairs.proposer.vocabulary import FREQUENCIES_FILE
@@ -108,18 +109,22 @@ class StairsProposer(DraftModelProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any) -> None:
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
+        # Whole on every rank, instead of sharded as the target is.
+        self.replicated = self.speculative_config.stairs.placement == "replicated"
+        self.is_first_rank = get_tensor_model_parallel_rank() == 0
         self.target_vocab_size = vllm_config.model_config.get_vocab_size()
         self.draft_vocab_size = self.draft_model_config.get_vocab_size()
         # [kept], int64: the id that each logit of a trimmed head stands for; None: all ids.
         self.kept_ids: torch.Tensor | None = None
 
+    @in_draft_group
     def load_model(self, target_model: Any) -> None:
         """Also trim the draft's output head, where it is to be (``stairs_draft_vocab``)."""
         super().load_model(target_model)
         vocabulary = self.speculative_config.stairs_vocabulary
         if vocabulary is None:
             return
-        say = logger.info if get_tensor_model_parallel_rank() == 0 else logger.debug
+        say = logger.info if self.is_first_rank else logger.debug
         try:
             head = trim_head(
                 self.model,
@@ -143,8 +148,16 @@ class StairsProposer(DraftModelProposer):
             head.whole_bytes / 2**20,
         )
 
+    @in_draft_group
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """See ``SpecDecodeBaseProposer.dummy_run``: profiling, compilation, capture of graphs."""
+        super().dummy_run(*args, **kwargs)
+
     def _raise_if_padded_drafter_batch_disabled(self) -> None:
         """Nothing is padded here, so vLLM's restriction does not apply."""
+
+    def _raise_if_draft_tp_mismatch(self) -> None:
+        """A draft of tensor parallel size 1 may run under any target (``placement``)."""
 
     def weights_bytes(self) -> int:
         """Bytes of the draft's weights on this rank.
@@ -159,11 +172,16 @@ class StairsProposer(DraftModelProposer):
         return weights * self.dtype.itemsize // ranks
 
     def weights_share(self) -> float | None:
-        """The draft's weights as a share of the target's; None where it cannot be told."""
+        """On a rank, the draft's weights as a share of the target's; None where it is not known."""
         draft = _checkpoint_size(self.draft_model_config.model)
         target = _checkpoint_size(self.vllm_config.model_config.model)
-        return draft / target if draft and target else None
+        if not draft or not target:
+            return None
+        config = self.speculative_config
+        draft_ranks = config.draft_parallel_config.tensor_parallel_size
+        return draft / draft_ranks / (target / config.target_parallel_config.tensor_parallel_size)
 
+    @in_draft_group
     @torch.inference_mode()
     def draft(
         self,

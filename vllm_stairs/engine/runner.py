@@ -8,6 +8,7 @@ way to the clients.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -20,6 +21,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -30,12 +32,18 @@ from vllm_stairs.engine.executor import DRAFTS_FOLLOW
 from vllm_stairs.engine.metrics import OPT_OUT, SAMPLING, Counters
 from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
+from vllm_stairs.height.costs import Median
 from vllm_stairs.height.ragged import RaggedPolicy
 from vllm_stairs.proposer.draft_kv import DraftKVLedger
 from vllm_stairs.proposer.plan import RequestLimits, height_ceiling
 from vllm_stairs.scorer.layouts import expand_rows
 
 logger = init_logger("vllm.stairs.runner")
+
+_LONGEST_GAP = 0.01
+"""Seconds between two steps; a longer one was a wait for requests."""
+_GAPS = 31
+"""Gaps of which the median is taken."""
 
 
 class _Candidate(NamedTuple):
@@ -71,7 +79,13 @@ class StairsModelRunnerMixin:
     """What stairs changes in ``GPUModelRunner``; put before it in the bases."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        # vLLM's own proposer refuses a draft that is not sharded as the target is.
+        stock = gpu_model_runner.DraftModelProposer
+        gpu_model_runner.DraftModelProposer = StairsProposer
+        try:
+            super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        finally:
+            gpu_model_runner.DraftModelProposer = stock
         self._init_stairs()
 
     def _init_stairs(self: Any) -> None:
@@ -79,7 +93,6 @@ class StairsModelRunnerMixin:
         assert isinstance(config, StairsSpeculativeConfig)
         # vLLM then proposes after its bookkeeping, with the accepted tokens on the host.
         config.disable_padded_drafter_batch = True
-        self.drafter = StairsProposer(self.vllm_config, self.device, self)
         self.rejection_sampler = StairsRejectionSampler(self.sampler, config, self.device)
         # vLLM leaves the processors of min_p and logit_bias out under speculation.
         self.input_batch.logitsprocs = LogitsProcessors(
@@ -106,6 +119,8 @@ class StairsModelRunnerMixin:
         self._stairs_pending: _Pending | None = None
         self._stairs_draft_seconds = 0.0
         self._stairs_step_start = 0.0
+        self._stairs_step_end = -math.inf
+        self._stairs_gaps = Median(_GAPS)
 
     # ----------------------------------------------------------------------- start-up
 
@@ -197,7 +212,8 @@ class StairsModelRunnerMixin:
 
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Also time the target's pass; and sample at once where no grammar is awaited."""
-        start = self._stairs_step_start = time.perf_counter()
+        start = time.perf_counter()
+        self._stairs_step_start = start - self._since_last_step(start)
         self._stairs_pending = None
         output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if not scheduler_output.total_num_scheduled_tokens:
@@ -210,6 +226,14 @@ class StairsModelRunnerMixin:
             # The engine would ask for it next; only a grammar is worth a message of its own.
             return self.sample_tokens(None)
         return output
+
+    def _since_last_step(self: Any, now: float) -> float:
+        """Seconds of scheduling and messages before this step, which each step has to bear."""
+        gap = now - self._stairs_step_end
+        if gap > _LONGEST_GAP:
+            return self._stairs_gaps.value
+        self._stairs_gaps.add(gap)
+        return min(gap, 3.0 * self._stairs_gaps.value)
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Also lay the stairs out as rows of their own, where the expanded layout is wanted."""
@@ -310,7 +334,8 @@ class StairsModelRunnerMixin:
         heights = self._plan(candidates) if candidates else []
         if any(heights):
             self._stairs_pending = _Pending(candidates, heights, sampling_metadata)
-        self._stairs_draft_seconds = time.perf_counter() - start
+        self._stairs_step_end = time.perf_counter()
+        self._stairs_draft_seconds = self._stairs_step_end - start
         self.stairs_counters.add_time("draft", self._stairs_draft_seconds)
         return [[] for _ in self.input_batch.req_ids]
 
@@ -327,7 +352,8 @@ class StairsModelRunnerMixin:
             start = time.perf_counter()
             # The time that deciding took is part of what drafting costs.
             self._write(pending, start - self._stairs_draft_seconds)
-            seconds = time.perf_counter() - start
+            self._stairs_step_end = time.perf_counter()
+            seconds = self._stairs_step_end - start
             self._stairs_draft_seconds += seconds
             self.stairs_counters.add_time("draft", seconds)
         return super().take_draft_token_ids()  # type: ignore[misc]

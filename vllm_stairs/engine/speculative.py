@@ -45,6 +45,14 @@ class StairsSpeculativeConfig(SpeculativeConfig):
         """
         return 0
 
+    def compute_hash(self) -> str:
+        """Graphs of a draft depend on its shards, which need not be those of the target.
+
+        vLLM keeps compiled drafts in the target's folder, and tells targets apart by its own
+        tensor parallel size alone.
+        """
+        return f"{super().compute_hash()}-{self.draft_tensor_parallel_size}"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A process that receives this configuration serves requests of the method."""
         from vllm_stairs.engine import frontend

@@ -138,10 +138,11 @@ class RaggedPolicy:
         # Requests in the last step.
         self._batch = 1
         self._last: Plan | None = None
-        self._last_heights: list[int] = []
+        # By request: their order in the batch changes from step to step.
+        self._last_heights: dict[Hashable, int] = {}
         self._last_step = 0
-        # The last plan in which nobody was to draft, and its step.
-        self._idle: Plan | None = None
+        # Where nobody was to draft in the last plan, why by request, and its step.
+        self._idle: dict[Hashable, str | None] | None = None
         self._idle_step = 0
         self._pending: Plan | None = None
         self._pending_ms = self._pending_fill_ms = 0.0
@@ -216,10 +217,11 @@ class RaggedPolicy:
         if len(plan.active) < len(able):
             self._say_why(plan, survivals)
             if not plan.active:
-                self._idle, self._idle_step = plan, self._steps
+                self._idle = dict(zip(plan.keys, plan.reasons, strict=True))
+                self._idle_step = self._steps
         elif self._on and not plan.probe and holes is None:
             self._last, self._last_step = plan, self._steps
-            self._last_heights = list(plan.heights)
+            self._last_heights = dict(zip(plan.keys, plan.heights, strict=True))
         return plan
 
     def _stay_idle(self, plan: Plan, able: Sequence[int]) -> bool:
@@ -229,13 +231,17 @@ class RaggedPolicy:
         is to cost what a plain one costs.
         """
         idle = self._idle
-        if idle is None or idle.keys != plan.keys or self._steps - self._idle_step >= _REPLAN_OFF:
+        if (
+            idle is None
+            or idle.keys() != set(plan.keys)
+            or self._steps - self._idle_step >= _REPLAN_OFF
+        ):
             self._idle = None
             return False
         self._edge += 0.01 * (1.0 - self._edge)
         self.prober.tick(True)
         for index in able:
-            plan.reasons[index] = idle.reasons[index] or WEAK_DRAFT
+            plan.reasons[index] = idle[plan.keys[index]] or WEAK_DRAFT
         self._since_plain = 0
         return True
 
@@ -249,16 +255,19 @@ class RaggedPolicy:
             last is None
             or len(able) < _LARGE_BATCH
             or self._steps - self._last_step >= _REPLAN_EVERY
-            or last.keys != plan.keys
             or self.account.blocked
-            # One that had no room then: nothing was decided about it.
-            or not all(self._last_heights[index] for index in able)
+            or len(last.keys) != len(plan.keys)
+            # One that is new, or had no room then: nothing was decided about it.
+            or not all(self._last_heights.get(plan.keys[index]) for index in able)
         ):
             return False
         self._since_plain += 1
         self.prober.tick(False)
         plan.rate, plan.first, plan.further = last.rate, last.first, last.further
-        plan.heights = [min(pair) for pair in zip(self._last_heights, rooms, strict=True)]
+        plan.heights = [
+            min(self._last_heights.get(key, 0), room)
+            for key, room in zip(plan.keys, rooms, strict=True)
+        ]
         plan.rows = self.target.table(len(plan.keys), sum(plan.heights) + 1)
         plan.active = list(able)
         for index in able:

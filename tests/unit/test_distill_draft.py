@@ -647,7 +647,7 @@ def test_prepare_says_that_no_draft_is_shipped(models_dir, capsys):
 
 def test_prepare_all_makes_the_draft_if_there_is_one(models_dir, target, target_dir, monkeypatch):
     for name in ("prepare_smollm2", "random_draft", "cut_draft"):
-        monkeypatch.setattr(prepare, name, lambda *_: None)
+        monkeypatch.setattr(prepare, name, lambda *_, **__: None)
     assert command(models_dir, "all") == 0
     assert not (models_dir / prepare.TRAINED_DRAFT).exists()
     ship(target, target_dir)

@@ -230,7 +230,7 @@ class StairsModelRunnerMixin:
     def _since_last_step(self: Any, now: float) -> float:
         """Seconds of scheduling and messages before this step, which each step has to bear."""
         gap = now - self._stairs_step_end
-        if gap > _LONGEST_GAP:
+        if not 0.0 <= gap <= _LONGEST_GAP:
             return self._stairs_gaps.value
         self._stairs_gaps.add(gap)
         return min(gap, 3.0 * self._stairs_gaps.value)

@@ -232,8 +232,7 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
 
         parallel.worker_cls = _CPU_WORKER
         cpu.preload_openmp()
-        # An engine in this very process has threads already.
-        binding = None if _in_process() else cpu.bind_threads(parallel.tensor_parallel_size)
+        binding = None if cpu.in_process() else cpu.bind_threads(parallel.tensor_parallel_size)
         if binding is not None:
             _logger().info(
                 "Stairs binds the workers' threads to cores %s (one worker to a bar); with %s set "
@@ -265,13 +264,10 @@ def _has_worker_processes(parallel: Any) -> bool:
     """Whether vLLM will take its executor for worker processes; on CPU that comes later."""
     from vllm.platforms import current_platform
 
+    from vllm_stairs.engine.cpu import in_process
+
     backend = parallel.distributed_executor_backend
-    return backend == "mp" or (backend == "uni" and current_platform.is_cpu() and not _in_process())
-
-
-def _in_process() -> bool:
-    """Whether the engine core runs in this very process."""
-    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+    return backend == "mp" or (backend == "uni" and current_platform.is_cpu() and not in_process())
 
 
 def _logger() -> Any:

@@ -41,6 +41,11 @@ def find_openmp() -> Path | None:
     return None
 
 
+def in_process() -> bool:
+    """Whether the engine core runs in this very process, whose libraries and threads are set."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+
+
 def is_preloaded() -> bool:
     """Whether processes started from here get the library."""
     return LIBRARY in os.environ.get("LD_PRELOAD", "")
@@ -56,7 +61,7 @@ def preload_openmp() -> bool:
     if is_preloaded():
         return True
     library = find_openmp()
-    if library is None or os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0":
+    if library is None or in_process():
         return False
     others = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)

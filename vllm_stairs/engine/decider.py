@@ -27,9 +27,9 @@ class HeightDecider:
         self._plan: Plan | None = None
 
     @property
-    def gain(self) -> float | None:
-        """See :attr:`RaggedPolicy.gain`; None on a rank that does not decide."""
-        return None if self.policy is None else self.policy.gain
+    def gain(self) -> float:
+        """See :attr:`RaggedPolicy.gain`; 0 on a rank that does not decide."""
+        return 0.0 if self.policy is None else self.policy.gain
 
     def observe(
         self,

@@ -183,8 +183,8 @@ class StairsStatLogger(StatLoggerBase):
             100 * heights[0] / staircases,
             *(100 * share[phase] for phase in PHASES),
         )
-        off = {r: n - last["off"][r] for r, n in stats["off"].items() if n > last["off"][r]}
         if stats["estimated_gain"] is not None:
+            off = {r: n - last["off"][r] for r, n in stats["off"].items() if n > last["off"][r]}
             logger.info(
                 "Stairs: estimated speed against plain decoding: %.2f; not drafted: %s",
                 stats["estimated_gain"],

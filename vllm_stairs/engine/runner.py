@@ -373,7 +373,7 @@ class StairsModelRunnerMixin:
             [c.reason for c in candidates],
         )
         self.stairs_counters.count_off(reasons)
-        self.stairs_counters.set_gain(decider.gain or 0.0)
+        self.stairs_counters.set_gain(decider.gain)
         return heights
 
     def _write(self: Any, pending: _Pending, start: float) -> None:

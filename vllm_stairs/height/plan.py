@@ -51,6 +51,12 @@ class Plan:
     confidences: dict[int, list[float]] = field(default_factory=dict)
     survival: dict[int, list[float]] = field(default_factory=dict)
 
+    def begin(self, active: list[int]) -> None:
+        """Let these requests take part in the first draft pass."""
+        self.active = active
+        for index in active:
+            self.survival[index], self.confidences[index] = [], []
+
     def drop(self, index: int) -> None:
         """Take a request out of the next pass, for a reason of the caller's own.
 

@@ -212,8 +212,7 @@ class RaggedPolicy:
         self._since_plain = self._since_plain + 1 if plan.active else 0
         if holes is not None:
             plan.filled = sum(holes[index] for index in plan.active)
-        for index in plan.active:
-            plan.survival[index], plan.confidences[index] = [], []
+        plan.begin(plan.active)
         if len(plan.active) < len(able):
             self._say_why(plan, survivals)
             if not plan.active:
@@ -238,12 +237,16 @@ class RaggedPolicy:
         ):
             self._idle = None
             return False
-        self._edge += 0.01 * (1.0 - self._edge)
+        self._forget_edge()
         self.prober.tick(True)
         for index in able:
             plan.reasons[index] = idle[plan.keys[index]] or WEAK_DRAFT
         self._since_plain = 0
         return True
+
+    def _forget_edge(self) -> None:
+        """Without drafts, what stopping inside a draft has brought becomes old."""
+        self._edge += 0.01 * (1.0 - self._edge)
 
     def _repeat(self, plan: Plan, able: Sequence[int], rooms: Sequence[int]) -> bool:
         """In a batch of several that has not changed, do as in the last step, for a few steps.
@@ -269,9 +272,7 @@ class RaggedPolicy:
             for key, room in zip(plan.keys, rooms, strict=True)
         ]
         plan.rows = self.target.table(len(plan.keys), sum(plan.heights) + 1)
-        plan.active = list(able)
-        for index in able:
-            plan.survival[index], plan.confidences[index] = [], []
+        plan.begin(list(able))
         return True
 
     def _survivals(
@@ -326,7 +327,7 @@ class RaggedPolicy:
             else:
                 self._go(plan, option, rooms)
             return
-        self._edge += 0.01 * (1.0 - self._edge)
+        self._forget_edge()
         good = evidence >= _COLD and self.gains.rates[0] > _GOOD and not wanted
         useful = self._could_pay(batch) and not good
         if self.prober.due(evidence > 0, useful):

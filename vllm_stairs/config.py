@@ -4,6 +4,8 @@ The command line (``--stairs-*``), ``--speculative-config '{"stairs_*": ...}'`` 
 ``LLM(speculative_config=...)`` are all generated from, and checked by, this one class.
 """
 
+import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -57,10 +59,36 @@ class StairsOptions(BaseModel):
         "frequent ids; 'full': all; a number: so many of the most frequent; or a file of ids (a "
         "JSON list, one id a line, or safetensors with 'ids').",
     )
-    placement: Literal["colocated", "replicated"] = Field(
+    placement: Literal["colocated", "replicated", "dedicated"] = Field(
         default="colocated",
-        description="Where the draft lives under tensor parallelism: 'colocated', sharded as the "
-        "target is; 'replicated', whole on every rank, without communication.",
+        description="Where the draft lives: 'colocated', on the target's devices, sharded as the "
+        "target is; 'replicated', whole on every rank, without communication; 'dedicated', on a "
+        "device of its own, placed there by Ray.",
+    )
+    overlap: Literal["auto", "off"] = Field(
+        default="auto",
+        description="With placement 'dedicated': 'auto', the draft writes on while the target "
+        "verifies, as if its draft held; 'off', it waits.",
+    )
+    draft_node: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With placement 'dedicated': the node of the Ray cluster that the draft runs "
+        "on, by address, host name, Ray's node name or node id; by default the target's if it has "
+        "room.",
+    )
+    draft_resources: dict[str, float] | None = Field(
+        default=None,
+        description="With placement 'dedicated': what the draft takes of its node, as a JSON "
+        'object of Ray resources such as {"GPU": 1, "CPU": 4}; custom ones select nodes. By '
+        "default one GPU, or on CPU machines an eighth of the cores, at least one.",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With placement 'dedicated': HOST:PORT of a running Ray cluster (its GCS), "
+        "'auto' for the one on this machine, 'local' for an instance of the server's own. By "
+        "default what RAY_ADDRESS says, else 'local'.",
     )
     record: str | None = Field(
         default=None,
@@ -82,6 +110,31 @@ class StairsOptions(BaseModel):
             return value
         raise ValueError(
             "must be 'auto', 'full', a number of ids (1 or more) or the path of a file of ids"
+        )
+
+    @field_validator("draft_resources", mode="before")
+    @classmethod
+    def _read_draft_resources(cls, value: object) -> dict[str, float] | None:
+        """From the command line it comes as text."""
+        if value is None:
+            return None
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = False
+        if isinstance(value, Mapping) and all(
+            isinstance(name, str)
+            and name
+            and isinstance(amount, int | float)
+            and not isinstance(amount, bool)
+            and math.isfinite(amount)
+            and amount >= 0
+            for name, amount in value.items()
+        ):
+            return {name: float(amount) for name, amount in value.items()}
+        raise ValueError(
+            'must be a JSON object of Ray resources and amounts, such as {"GPU": 1, "CPU": 4}'
         )
 
 

@@ -94,7 +94,9 @@ def test_help_names_every_flag() -> None:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     text = parser.format_help()
     for flag in ("--speculative-method", "--speculative-model", "--num-speculative-tokens",
-                 "--stairs-layout", "--stairs-height", "--stairs-record"):  # fmt: skip
+                 "--stairs-layout", "--stairs-height", "--stairs-record", "--stairs-placement",
+                 "--stairs-overlap", "--stairs-draft-node", "--stairs-draft-resources",
+                 "--stairs-ray-address"):  # fmt: skip
         assert flag in text
 
 
@@ -198,6 +200,77 @@ def test_keys_that_work(tiny: TinyModels) -> None:
         },
     )
     assert config.draft_model_config.max_model_len == 128
+
+
+DEDICATED = {"stairs_placement": "dedicated"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"stairs_overlap": "off"}, "stairs_overlap is for a draft on its own device"),
+        ({"stairs_draft_node": "n"}, "add stairs_placement: dedicated, or leave it out."),
+        ({"stairs_draft_resources": {"CPU": 1}}, "stairs_draft_resources is for"),
+        ({"stairs_ray_address": "local"}, "stairs_ray_address is for"),
+        ({**DEDICATED, "draft_sample_method": "probabilistic"}, "without the draft's probab"),
+        ({**DEDICATED, "use_heterogeneous_vocab": True}, "use_heterogeneous_vocab does not"),
+        ({**DEDICATED, "draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size=2"),
+        ({**DEDICATED, "stairs_ray_address": "127.0.0.1:1"}, "127.0.0.1:1 cannot be reached"),
+        ({**DEDICATED, "stairs_ray_address": "nowhere"}, "must be HOST:PORT"),
+        ({**DEDICATED, "stairs_draft_node": "elsewhere"}, "this machine only"),
+        ({**DEDICATED, "stairs_draft_resources": {"fast": 1}}, "1 fast, which only a running"),
+        ({**DEDICATED, "stairs_draft_resources": {"CPU": 0}}, "asks for nothing"),
+        ({**DEDICATED, "stairs_draft_resources": "much"}, "must be a JSON object"),
+    ],
+)
+def test_dedicated_errors(
+    tiny: TinyModels, config: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert expected in error(tiny.target, {"model": str(tiny.noisy), **config})
+
+
+def test_dedicated_stops_before_anything_is_started(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as ended:
+        parse("--model", str(tiny.target), "--speculative-method", "stairs",
+              "--speculative-model", str(tiny.noisy), "--stairs-placement", "dedicated",
+              "--stairs-draft-resources", '{"CPU": 1}')  # fmt: skip
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert "Ray cluster 127.0.0.1:1 cannot be reached (Connection refused)" in lines[0]
+
+
+def test_dedicated(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_stairs.engine import cpu
+
+    for variable in (cpu.BINDING, cpu.DRAFT_BINDING, "RAY_ADDRESS"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    config = build(tiny.target, {"method": "stairs", "model": str(tiny.noisy), **DEDICATED})
+    assert config.stairs.placement == "dedicated"
+    assert config.draft_tensor_parallel_size == 1
+    assert config.stairs.draft_resources == {"CPU": float(cpu.default_draft_cores())}
+    assert config.stairs_ray_address.startswith("127.0.0.1:")
+    assert config.stairs_ray_gpus == []
+    again = build(
+        tiny.target,
+        {
+            "method": "stairs",
+            "model": str(tiny.noisy),
+            **DEDICATED,
+            "stairs_draft_resources": {"CPU": 2},
+            "stairs_overlap": "off",
+        },
+    )
+    assert again.stairs_ray_address == config.stairs_ray_address
+    assert again.stairs.draft_resources == {"CPU": 2.0}
+    plain = build(tiny.target, {"method": "stairs", "model": str(tiny.noisy)})
+    assert plain.stairs_ray_address is None
+    assert plain.stairs.placement == "colocated"
 
 
 def test_the_worker_gets_openmp(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

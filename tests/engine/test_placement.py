@@ -67,7 +67,7 @@ def test_sizes(
             {"stairs_placement": "replicated", "draft_tensor_parallel_size": 2},
             "draft_tensor_parallel_size=2 does not go with stairs_placement=replicated",
         ),
-        ({"stairs_placement": "elsewhere"}, "'colocated' or 'replicated'"),
+        ({"stairs_placement": "elsewhere"}, "'colocated', 'replicated' or 'dedicated'"),
     ],
 )
 def test_sizes_that_do_not_go(
@@ -207,6 +207,7 @@ SAMPLED = """
 import json, sys
 import torch
 from vllm import LLM, SamplingParams
+from vllm_stairs.engine.proposer import weights_share
 
 def part(worker):
     # What the ranks draft from now on differs; requests that have a seed are judged alike.
@@ -214,7 +215,7 @@ def part(worker):
 
 def costs(worker):
     drafter = worker.model_runner.drafter
-    return drafter.weights_bytes(), drafter.weights_share()
+    return drafter.weights_bytes(), weights_share(drafter.speculative_config)
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])

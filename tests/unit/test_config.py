@@ -19,6 +19,35 @@ def test_options() -> None:
         config.parse_options({"stairs_layout": "spiral"})
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"CPU": 2}, {"CPU": 2.0}),
+        ('{"GPU": 1, "fast": 0.5}', {"GPU": 1.0, "fast": 0.5}),
+        (None, None),
+    ],
+)
+def test_draft_resources(value: object, expected: dict[str, float] | None) -> None:
+    assert config.parse_options({"stairs_draft_resources": value}).draft_resources == expected
+
+
+@pytest.mark.parametrize(
+    "value", ["GPU", "[1]", "3", {"GPU": -1}, {"GPU": True}, {"GPU": "1"}, {"": 1}, '{"CPU": NaN}']
+)
+def test_draft_resources_that_are_none(value: object) -> None:
+    with pytest.raises(ValueError, match="stairs_draft_resources=.*must be a JSON object"):
+        config.parse_options({"stairs_draft_resources": value})
+
+
+def test_placements() -> None:
+    options = config.parse_options({"stairs_placement": "dedicated"})
+    assert (options.overlap, options.draft_node, options.ray_address) == ("auto", None, None)
+    with pytest.raises(ValueError, match="stairs_overlap='on'.*'auto' or 'off'"):
+        config.parse_options({"stairs_overlap": "on"})
+    with pytest.raises(ValueError, match="stairs_draft_node=''"):
+        config.parse_options({"stairs_draft_node": ""})
+
+
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (3, 3), (3.0, 3), ("2", 2)])
 def test_request_height(value: object, expected: int) -> None:
     assert config.request_max_height({"stairs_max_height": value}) == expected

@@ -105,6 +105,18 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="times in the record, a cost model (JSON) or a result of bench run",
     )
     replay.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N")
+    replay.add_argument(
+        "--dedicated",
+        type=float,
+        metavar="MS",
+        help="the draft has a device of its own, with a hand-over of MS milliseconds a step",
+    )
+    replay.add_argument(
+        "--overlap",
+        choices=("auto", "off"),
+        default="auto",
+        help="with --dedicated: whether the draft writes ahead while the target verifies",
+    )
     replay.add_argument("--output", type=Path, help="also write the scores as JSON")
     replay.set_defaults(func=_guarded(_replay))
 
@@ -320,12 +332,17 @@ def _replay(args: argparse.Namespace) -> int:
         model = costs.load(Path(args.cost))
     if min(args.batch_sizes) < 1:
         raise BenchError("--batch-sizes must be whole numbers of at least 1")
+    dedicated = None
+    if args.dedicated is not None:
+        from vllm_stairs.bench.dedicated import Dedicated
+
+        dedicated = Dedicated(args.dedicated, args.overlap == "auto")
     texts = args.policy or [f"fixed:{k}" for k in range(1, min(8, found.height) + 1)]
     scored = []
     for batch in args.batch_sizes:
         # A policy learns: every batch size gets fresh ones.
         chosen = [policies.parse(text, height=found.height, costs=model) for text in texts]
-        scored.append(replay.compare(found, chosen, model, batch))
+        scored.append(replay.compare(found, chosen, model, batch, dedicated))
     report.show_scores(scored, model.source)
     if args.output:
         document = {

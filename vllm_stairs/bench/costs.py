@@ -220,6 +220,8 @@ def from_data_sheet(
     draft_devices: int,
     weight_bytes: int,
     overhead_ms: float,
+    target_fixed_ms: float = 0.0,
+    draft_fixed_ms: float = 0.0,
     largest_batch: int = 512,
     tallest: int = 8,
 ) -> CostModel:
@@ -227,7 +229,7 @@ def from_data_sheet(
 
     A pass takes the longer of reading the weights and of multiplying them with every row (two
     operations a weight and row), each at ``efficiency`` of the peak, over all devices of the
-    model. KV cache, attention and communication are left out or belong in ``overhead_ms``.
+    model. KV cache and attention are left out; communication belongs in the fixed times.
 
     Args:
         name: of the machine.
@@ -240,20 +242,23 @@ def from_data_sheet(
         draft_devices: devices the draft is split over.
         weight_bytes: bytes per weight.
         overhead_ms: everything else in a step, milliseconds.
+        target_fixed_ms: added to each pass of the target, milliseconds.
+        draft_fixed_ms: added to each pass of the draft, milliseconds.
         largest_batch: requests the curves reach to.
         tallest: largest height the target's curve reaches to.
     """
 
-    def curve(parameters: float, devices: int, largest: int) -> Curve:
+    def curve(parameters: float, devices: int, fixed: float, largest: int) -> Curve:
         read = parameters * weight_bytes / (bandwidth * efficiency * devices)
         row = 2 * parameters / (flops * efficiency * devices)
         knee = max(1, int(read / row))
         sizes = sorted({1, min(knee, largest), largest})
-        return Curve({size: max(read, row * size) * 1e3 for size in sizes})
+        return Curve({size: max(read, row * size) * 1e3 + fixed for size in sizes})
 
+    rows = largest_batch * (tallest + 1)
     return CostModel(
-        curve(draft_parameters, draft_devices, largest_batch),
-        curve(target_parameters, target_devices, largest_batch * (tallest + 1)),
+        curve(draft_parameters, draft_devices, draft_fixed_ms, largest_batch),
+        curve(target_parameters, target_devices, target_fixed_ms, rows),
         overhead_ms,
         f"computed, not measured: {name}, {bandwidth / 1e12:g} TB/s and {flops / 1e12:g} TFLOP/s "
         f"a device at {efficiency:.0%}, target {target_parameters / 1e9:g}e9 weights on "

@@ -18,6 +18,9 @@ first of all. Text, whoever reads it, costs as the cost model says of so many mo
 
 ``auto`` is asked for all requests of a step at once, as in the engine, and told the times of the
 cost model.
+
+A draft on a device of its own (``dedicated``) costs the time that the target waits for it
+(:mod:`vllm_stairs.bench.dedicated`).
 """
 
 import time
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_stairs.bench.costs import CostModel, Curve
+from vllm_stairs.bench.dedicated import Dedicated, passes_ms, written_ahead
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.policies import Auto, Fixed, Policy
 from vllm_stairs.bench.record import Record, Trace
@@ -70,7 +74,17 @@ class Score:
 class _Lane:
     """One request on its way through its trace."""
 
-    __slots__ = ("position", "read", "request", "runs", "tokens", "trace", "unknown", "unread")
+    __slots__ = (
+        "ahead",
+        "position",
+        "read",
+        "request",
+        "runs",
+        "tokens",
+        "trace",
+        "unknown",
+        "unread",
+    )
 
     def __init__(self, request: int, trace: Trace) -> None:
         self.request = request
@@ -81,6 +95,8 @@ class _Lane:
         # Leading tokens of prompt and text that the draft has read.
         self.read = 0
         self.tokens = trace.tokens
+        # Drafts of its next staircase that a dedicated draft has written already.
+        self.ahead = 0
         self.runs = _runs(trace.held)
         self.unknown = np.concatenate([[0], np.cumsum(~trace.known)]).tolist()
 
@@ -212,7 +228,37 @@ def _draft_together(auto: Auto, running: Sequence[_Lane], costs: CostModel) -> _
     return _Drafting(heights, drafted, first + further)
 
 
-def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int = 1) -> Score:
+def _draft_elsewhere(
+    policy: Policy, running: Sequence[_Lane], costs: CostModel, busy_ms: float, handover_ms: float
+) -> _Drafting:
+    """One step's drafting on a device of its own: what the target waits for.
+
+    Args:
+        policy: decides the heights.
+        running: requests.
+        costs: of a step.
+        busy_ms: that the draft's last pass, written ahead, still takes.
+        handover_ms: of question and answer.
+    """
+    heights = [lane.height(policy, len(running)) for lane in running]
+    ahead = [min(lane.ahead, own) for lane, own in zip(running, heights, strict=True)]
+    asking = [lane for lane, own in zip(running, heights, strict=True) if own]
+    if not asking:
+        return _Drafting(heights, heights, 0.0)
+    late = [lane for lane, own in zip(running, ahead, strict=True) if not own and lane in asking]
+    ms = handover_ms + busy_ms + passes_ms(heights, ahead, costs.draft_ms)
+    if late:
+        ms += _more_ms(costs.draft_ms, len(late), sum(lane.missed for lane in late))
+    return _Drafting(heights, heights, ms)
+
+
+def replay(
+    record: Record,
+    policy: Policy | Auto,
+    costs: CostModel,
+    batch: int = 1,
+    dedicated: Dedicated | None = None,
+) -> Score:
     """Run a policy over a record.
 
     Args:
@@ -220,10 +266,15 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
         policy: decides the heights.
         costs: of a step.
         batch: requests in flight, kept as in the benchmark: the next starts where one ends.
+        dedicated: the draft has a device of its own; ``costs.draft_ms`` are its passes there. The
+            scores' ``draft_ms`` is then the time that the target waits.
 
     Raises:
-        BenchError: the record has fewer requests than ``batch``.
+        BenchError: the record has fewer requests than ``batch``; ``auto`` with ``dedicated``, which
+            is not simulated.
     """
+    if dedicated is not None and isinstance(policy, Auto):
+        raise BenchError("auto is not simulated for a dedicated draft: score fixed heights")
     if batch > len(record.traces):
         raise BenchError(
             f"a batch of {batch} needs as many requests, the record has {len(record.traces)}"
@@ -234,7 +285,7 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
     ended: list[_Lane] = []
     heights: dict[int, int] = {}
     first_tokens = tokens = steps = staircases = guessed = drafted_in_all = extrapolated = 0
-    draft_ms = target_ms = 0.0
+    draft_ms = target_ms = busy_ms = 0.0
     while waiting or running:
         while waiting and len(running) < batch:
             running.append(waiting.pop())
@@ -244,15 +295,31 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
         if decoding:
             if isinstance(policy, Auto):
                 drafting = _draft_together(policy, decoding, costs)
+            elif dedicated is not None:
+                drafting = _draft_elsewhere(policy, decoding, costs, busy_ms, dedicated.handover_ms)
             else:
                 drafting = _draft_each(policy, decoding, costs)
         chosen = drafting.heights
+        # Whether the draft's guess of the target's own token holds after a staircase that does.
+        sure = [
+            0 < height < lane.runs[lane.position]
+            for lane, height in zip(decoding, chosen, strict=True)
+        ]
         outcomes = [
             lane.advance(height, drafted)
             for lane, height, drafted in zip(decoding, chosen, drafting.drafted, strict=True)
         ]
         rows, prompts = len(decoding) + sum(chosen), sum(lane.unread for lane in reading)
         step_ms = _target_ms(costs, rows, prompts)
+        busy_ms = 0.0
+        if dedicated is not None and dedicated.overlap and any(chosen):
+            written, busy_ms = written_ahead(
+                step_ms + costs.overhead_ms + dedicated.handover_ms,
+                costs.draft_ms(sum(height > 0 for height in chosen)),
+                max(chosen) + 1,
+            )
+            for lane, held in zip(decoding, sure, strict=True):
+                lane.ahead = written if held else 0
         if isinstance(policy, Auto):
             # In this order in the engine: it hears with the next step's work that requests ended.
             policy.policy.forget([lane.request for lane in ended])
@@ -302,8 +369,12 @@ def replay(record: Record, policy: Policy | Auto, costs: CostModel, batch: int =
 
 
 def compare(
-    record: Record, policies: Sequence[Policy | Auto], costs: CostModel, batch: int
+    record: Record,
+    policies: Sequence[Policy | Auto],
+    costs: CostModel,
+    batch: int,
+    dedicated: Dedicated | None = None,
 ) -> tuple[Score, list[Score]]:
     """Plain decoding (a height of 0) and every policy, on the same record."""
     plain = replay(record, Fixed(0), costs, batch)
-    return plain, [replay(record, policy, costs, batch) for policy in policies]
+    return plain, [replay(record, policy, costs, batch, dedicated) for policy in policies]

@@ -193,7 +193,7 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     """
     from vllm.platforms import current_platform
 
-    from vllm_stairs.engine import contract, frontend, metrics
+    from vllm_stairs.engine import contract, deployment, frontend, metrics
 
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError(
@@ -208,6 +208,7 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     _check_record(options)
     _check_engine(engine_args, target, parallel)
     _check_keys(values)
+    _check_dedicated(options, values)
     options = _settle_placement(options, values, parallel.tensor_parallel_size)
     values["num_speculative_tokens"] = _check_height(engine_args, target, values)
     values["model"] = _find_draft(values.get("model"), target)
@@ -226,13 +227,18 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
     )
 
     config.stairs_vocabulary = _choose_draft_vocabulary(options.draft_vocab, config, target)
+    bundle = deployment.draft_bundle(options) if options.placement == "dedicated" else None
 
     if current_platform.is_cpu():
         from vllm_stairs.engine import cpu
 
         parallel.worker_cls = _CPU_WORKER
         cpu.preload_openmp()
-        binding = None if cpu.in_process() else cpu.bind_threads(parallel.tensor_parallel_size)
+        binding = cpu.bind_threads(
+            parallel.tensor_parallel_size,
+            deployment.cores_beside_the_target(bundle) if bundle else 0,
+            processes=not cpu.in_process(),
+        )
         if binding is not None:
             _logger().info(
                 "Stairs binds the workers' threads to cores %s (one worker to a bar); with %s set "
@@ -252,6 +258,8 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
             "scheduling and full graphs there.",
             current_platform.device_name,
         )
+    if bundle is not None:
+        deployment.place(config, bundle, parallel)
     if _has_worker_processes(parallel):
         from vllm_stairs.engine.executor import StairsMultiprocExecutor
 
@@ -395,7 +403,7 @@ def _settle_placement(
         Options with the placement that it will be: without tensor parallelism there is one.
     """
     key = "draft_tensor_parallel_size"
-    sizes = {"colocated": tensor_parallel_size, "replicated": 1}
+    sizes = {"colocated": tensor_parallel_size, "replicated": 1, "dedicated": 1}
     size = values.get(key)
     if size is None:
         size = sizes[options.placement]
@@ -411,8 +419,32 @@ def _settle_placement(
             f"{sizes[options.placement]}: leave one of the two out."
         )
     values[key] = size
+    if options.placement == "dedicated":
+        return options
     replicated = size < tensor_parallel_size
     return options.model_copy(update={"placement": "replicated" if replicated else "colocated"})
+
+
+def _check_dedicated(options: StairsOptions, values: Mapping[str, Any]) -> None:
+    """What a draft on its own device cannot do, and what others cannot."""
+    if options.placement != "dedicated":
+        for name in ("overlap", "draft_node", "draft_resources", "ray_address"):
+            if name in options.model_fields_set and getattr(options, name) is not None:
+                raise ValueError(
+                    f"stairs_{name} is for a draft on its own device: add stairs_placement: "
+                    "dedicated, or leave it out."
+                )
+        return
+    if values.get("draft_sample_method") == "probabilistic":
+        raise ValueError(
+            "draft_sample_method='probabilistic' does not work with stairs_placement=dedicated, "
+            "whose drafts come without the draft's probabilities: leave one of the two out."
+        )
+    if values.get("use_heterogeneous_vocab"):
+        raise ValueError(
+            "use_heterogeneous_vocab does not work with stairs_placement=dedicated yet: leave one "
+            "of the two out."
+        )
 
 
 def _check_record(options: StairsOptions) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_stairs.height.ragged import Plan, RaggedPolicy
+from vllm_stairs.placement.patience import worth_ms
 
 
 class HeightDecider:
@@ -88,6 +89,27 @@ class HeightDecider:
                 goes_on[place] = 1
         return [place for place, yes in enumerate(self._agree(goes_on)) if yes]
 
+    def patience_ms(self) -> float | None:
+        """How long the planned drafts are worth waiting for, where they come all at once.
+
+        Returns:
+            Milliseconds; None where the target's steps are not measured yet.
+        """
+        assert self.policy is not None
+        assert self._plan is not None
+        target, plan = self.policy.target, self._plan
+        if not target.known:
+            return None
+        # A probe is to find out: to wait only for what is expected would leave it at that.
+        tokens = sum(plan.heights) if plan.probe else self.policy.expected_tokens(plan)
+        return worth_ms(tokens, len(plan.keys), target(len(plan.keys)))
+
+    def arrived(self, confidences: Sequence[Sequence[float]]) -> None:
+        """See :meth:`RaggedPolicy.arrived`."""
+        assert self.policy is not None
+        assert self._plan is not None
+        self.policy.arrived(self._plan, confidences)
+
     def settle(self, batch: int, may_trim: bool) -> list[int]:
         """How many drafts the target is to verify; see :meth:`RaggedPolicy.settle`.
 
@@ -104,7 +126,7 @@ class HeightDecider:
             heights = self.policy.settle(self._plan, may_trim=may_trim)
         return self._agree(heights)
 
-    def drafted(self, first_ms: float, further_ms: float) -> None:
+    def drafted(self, first_ms: float, further_ms: float | None) -> None:
         """What drafting took; see :meth:`RaggedPolicy.drafted`."""
         if self.policy is not None:
             assert self._plan is not None

@@ -35,8 +35,16 @@ OPT_OUT = "opt_out"
 """The request asked for no drafts (``stairs_max_height``)."""
 SAMPLING = "sampling"
 """A request of the batch asks for what only plain decoding has."""
-OFF_REASONS = (*REASONS, OPT_OUT, SAMPLING)
-"""Why requests did not draft under ``--stairs-height auto``."""
+AWAY = "draft_away"
+"""The dedicated draft is not there, or still busy with what it was asked before."""
+OFF_REASONS = (*REASONS, OPT_OUT, SAMPLING, AWAY)
+"""Why requests did not draft under ``--stairs-height auto``; the last one also without it."""
+
+DEDICATED = ("answers", "ready", "late", "restarts", "wait_seconds", "hand_over_seconds")
+"""What is counted of a dedicated draft: questions answered in time; of these, the ones whose drafts
+had been written before they were asked for; questions not answered in time; restarts; seconds of
+asking and waiting; and of these, for questions answered in time, all but waiting for the draft's
+passes."""
 
 
 class Counters:
@@ -45,7 +53,7 @@ class Counters:
     Args:
         values: ``[num_values(K)]``, float64, zero at the start: steps, seconds per phase,
             staircases by height, staircases by accepted drafts, times that a request did not
-            draft by reason, estimated gain.
+            draft by reason, estimated gain, :data:`DEDICATED`.
         max_height: K.
     """
 
@@ -56,13 +64,15 @@ class Counters:
         self._seconds = values[1:4]
         self.heights = values[4 : 4 + size]
         self.accepted = values[4 + size : 4 + 2 * size]
-        self.off = values[4 + 2 * size : 4 + 2 * size + len(OFF_REASONS)]
-        self._gain = values[4 + 2 * size + len(OFF_REASONS) :]
+        end = 4 + 2 * size + len(OFF_REASONS)
+        self.off = values[4 + 2 * size : end]
+        self._gain = values[end : end + 1]
+        self._dedicated = values[end + 1 :]
 
     @staticmethod
     def num_values(max_height: int) -> int:
         """Length of the array."""
-        return 1 + len(PHASES) + 2 * (max_height + 1) + len(OFF_REASONS) + 1
+        return 1 + len(PHASES) + 2 * (max_height + 1) + len(OFF_REASONS) + 1 + len(DEDICATED)
 
     @classmethod
     def attach(cls, path: str | None, max_height: int) -> "Counters":
@@ -91,6 +101,14 @@ class Counters:
         """Tokens per second of late relative to plain decoding, as the policy estimates it."""
         self._gain[0] = gain
 
+    def count_dedicated(self, name: str, amount: float = 1.0) -> None:
+        """Add to one of :data:`DEDICATED`."""
+        self._dedicated[DEDICATED.index(name)] += amount
+
+    def dedicated(self) -> dict[str, float]:
+        """The counts of :data:`DEDICATED`."""
+        return dict(zip(DEDICATED, self._dedicated.tolist(), strict=True))
+
     def add_time(self, phase: str, seconds: float) -> None:
         """Add to the time spent in one of :data:`PHASES`."""
         self._seconds[PHASES.index(phase)] += seconds
@@ -113,6 +131,7 @@ class Counters:
             "seconds": self.seconds(),
             "off": {r: int(n) for r, n in zip(OFF_REASONS, self.off.tolist(), strict=True)},
             "estimated_gain": float(self._gain[0]) or None,
+            "dedicated": self.dedicated(),
         }
 
 
@@ -151,6 +170,7 @@ class StairsStatLogger(StatLoggerBase):
             "model_name": str(vllm_config.model_config.served_model_name),
             "engine": str(engine_index),
         }
+        self._is_dedicated = config.stairs.placement == "dedicated"
         _StairsCollector.install(self._counters, labels)
 
     def record(self, *args: Any, **kwargs: Any) -> None:
@@ -189,6 +209,19 @@ class StairsStatLogger(StatLoggerBase):
                 "Stairs: estimated speed against plain decoding: %.2f; not drafted: %s",
                 stats["estimated_gain"],
                 ", ".join(f"{r} {n}" for r, n in off.items()) or "never",
+            )
+        if self._is_dedicated:
+            since = {k: n - last["dedicated"][k] for k, n in stats["dedicated"].items()}
+            asked = since["answers"] + since["late"]
+            logger.info(
+                "Stairs: dedicated draft: asked %d times, ready beforehand: %.0f%%, too late: "
+                "%.0f%%, hand-over: %.2f ms, waited for: %.0f%% of the time, restarts: %d",
+                asked,
+                100 * since["ready"] / max(asked, 1),
+                100 * since["late"] / max(asked, 1),
+                1e3 * since["hand_over_seconds"] / max(since["answers"], 1),
+                100 * since["wait_seconds"] / elapsed,
+                stats["dedicated"]["restarts"],
             )
 
 
@@ -237,6 +270,12 @@ class _StairsCollector:
             "Steps in which a request did not draft, by the height policy's reason.",
             labels=["model_name", "engine", "reason"],
         )
+        dedicated = CounterMetricFamily(
+            "vllm:spec_decode_stairs_dedicated",
+            "Of a dedicated draft: questions answered in time, with ready drafts, too late; "
+            "restarts; seconds of waiting; of these, seconds of handing over.",
+            labels=["model_name", "engine", "what"],
+        )
         for counters, labels in self.sources:
             values = list(labels.values())
             height.add_metric(values, *_histogram(counters.heights, 0))
@@ -248,7 +287,10 @@ class _StairsCollector:
                 gain.add_metric(values, stats["estimated_gain"])
                 for reason, count in stats["off"].items():
                     off.add_metric([*values, reason], count)
-        return [height, length, seconds, gain, off]
+            if any(stats["dedicated"].values()):
+                for what, amount in stats["dedicated"].items():
+                    dedicated.add_metric([*values, what], amount)
+        return [height, length, seconds, gain, off, dedicated]
 
 
 def _histogram(counts: np.ndarray, first: int) -> tuple[list[tuple[str, float]], float]:

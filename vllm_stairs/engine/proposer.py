@@ -112,15 +112,19 @@ class StairsProposer(DraftModelProposer):
         # Whole on every rank, instead of sharded as the target is.
         self.replicated = self.speculative_config.stairs.placement == "replicated"
         self.is_first_rank = get_tensor_model_parallel_rank() == 0
-        self.target_vocab_size = vllm_config.model_config.get_vocab_size()
+        self.target_vocab_size = self.speculative_config.target_model_config.get_vocab_size()
         self.draft_vocab_size = self.draft_model_config.get_vocab_size()
         # [kept], int64: the id that each logit of a trimmed head stands for; None: all ids.
         self.kept_ids: torch.Tensor | None = None
 
     @in_draft_group
     def load_model(self, target_model: Any) -> None:
-        """Also trim the draft's output head, where it is to be (``stairs_draft_vocab``)."""
+        """Also trim the draft's output head, where it is to be."""
         super().load_model(target_model)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Trim the output head of the loaded draft (``stairs_draft_vocab``)."""
         vocabulary = self.speculative_config.stairs_vocabulary
         if vocabulary is None:
             return
@@ -171,16 +175,6 @@ class StairsProposer(DraftModelProposer):
         ranks = self.speculative_config.draft_parallel_config.tensor_parallel_size
         return weights * self.dtype.itemsize // ranks
 
-    def weights_share(self) -> float | None:
-        """On a rank, the draft's weights as a share of the target's; None where it is not known."""
-        draft = _checkpoint_size(self.draft_model_config.model)
-        target = _checkpoint_size(self.vllm_config.model_config.model)
-        if not draft or not target:
-            return None
-        config = self.speculative_config
-        draft_ranks = config.draft_parallel_config.tensor_parallel_size
-        return draft / draft_ranks / (target / config.target_parallel_config.tensor_parallel_size)
-
     @in_draft_group
     @torch.inference_mode()
     def draft(
@@ -191,6 +185,7 @@ class StairsProposer(DraftModelProposer):
         sampling_metadata: Any,
         want_confidences: bool = False,
         go_on: Callable[[list[float]], Sequence[int]] | None = None,
+        is_over: Callable[[], bool] | None = None,
     ) -> Drafts:
         """Fill the holes and write the staircases.
 
@@ -198,11 +193,12 @@ class StairsProposer(DraftModelProposer):
             batch: who drafts how much; at least one request.
             token_ids: ``[max requests, max_model_len]``: vLLM's token ids on the host.
             block_table: vLLM's ``BlockTable`` of the draft's KV cache group.
-            sampling_metadata: of vLLM's whole input batch.
+            sampling_metadata: of vLLM's whole input batch; None: drafts are the most likely tokens.
             want_confidences: also return the probability of every drafted token.
             go_on: decides after each pass who takes part in the next, from the probabilities of
                 the tokens just drafted; returns places among these, rising. Requests at their
                 height may not be among them. None: all go on up to their heights.
+            is_over: asked after each pass: whether to stop with what there is.
         """
         want_confidences = want_confidences or go_on is not None
         sampling = self._select(sampling_metadata, batch.rows)
@@ -220,7 +216,7 @@ class StairsProposer(DraftModelProposer):
             else:
                 assert confidence is not None
                 still = np.asarray(go_on(confidence.tolist()), dtype=np.int64)
-            if not len(still):
+            if not len(still) or (is_over is not None and is_over()):
                 break
             if len(still) < len(active):
                 drafted = drafted[async_tensor_h2d(still, device=self.device)]
@@ -432,7 +428,11 @@ class StairsProposer(DraftModelProposer):
 
     def _select(self, sampling_metadata: Any, rows: np.ndarray) -> Any:
         """The sampling metadata of some rows, as far as drafting needs it."""
-        if not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
+        if (
+            not self._enable_probabilistic_draft_probs
+            or sampling_metadata is None
+            or sampling_metadata.all_greedy
+        ):
             return None
         index = async_tensor_h2d(rows, device=self.device)
         return dataclasses.replace(
@@ -503,6 +503,20 @@ class StairsProposer(DraftModelProposer):
                 else:
                     probabilities[who[:, None], height, self.kept_ids] = probs
         return Drafts(token_ids, probabilities, confidences)
+
+
+def weights_share(config: Any) -> float | None:
+    """On a rank, a draft's weights as a share of the target's; None where it is not known.
+
+    Args:
+        config: vLLM's ``SpeculativeConfig``.
+    """
+    draft = _checkpoint_size(config.draft_model_config.model)
+    target = _checkpoint_size(config.target_model_config.model)
+    if not draft or not target:
+        return None
+    draft_ranks = config.draft_parallel_config.tensor_parallel_size
+    return draft / draft_ranks / (target / config.target_parallel_config.tensor_parallel_size)
 
 
 def _checkpoint_size(model: str) -> int | None:

@@ -7,17 +7,21 @@ in ``take_draft_token_ids``, when the engine asks for them: by then this step's 
 way to the clients.
 """
 
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group
+from vllm.distributed.parallel_state import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tp_group,
+)
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
@@ -28,12 +32,14 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_stairs.config import request_max_height
 from vllm_stairs.engine.acceptor import StairsRejectionSampler, needs_plain_sampling
 from vllm_stairs.engine.decider import HeightDecider
+from vllm_stairs.engine.dedicated import AbsentDrafter, DedicatedDraft
 from vllm_stairs.engine.executor import DRAFTS_FOLLOW
-from vllm_stairs.engine.metrics import OPT_OUT, SAMPLING, Counters
-from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer
+from vllm_stairs.engine.metrics import AWAY, OPT_OUT, SAMPLING, Counters
+from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer, weights_share
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
 from vllm_stairs.height.costs import Median
 from vllm_stairs.height.ragged import RaggedPolicy
+from vllm_stairs.placement.patience import fixed_patience_ms
 from vllm_stairs.proposer.draft_kv import DraftKVLedger
 from vllm_stairs.proposer.plan import RequestLimits, height_ceiling
 from vllm_stairs.scorer.layouts import expand_rows
@@ -68,11 +74,19 @@ class _Pending:
     sampling_metadata: Any
     """Of vLLM's whole input batch."""
 
+    def chosen(self) -> list[int]:
+        """Who drafts, as indices of the candidates."""
+        return [index for index, height in enumerate(self.heights) if height]
 
-def _draft_batch(candidates: Sequence[_Candidate], heights: Sequence[int]) -> DraftBatch:
-    columns = [(c.row, c.num_tokens, c.num_valid) for c in candidates]
-    rows, num_tokens, num_valid = np.asarray(columns, dtype=np.int64).reshape(-1, 3).T
-    return DraftBatch(rows, num_tokens, num_valid, np.asarray(heights, dtype=np.int64))
+    @functools.cached_property
+    def batch(self) -> DraftBatch:
+        """The same for the proposer."""
+        columns = [
+            (c.row, c.num_tokens, c.num_valid, height)
+            for c, height in zip(self.candidates, self.heights, strict=True)
+            if height
+        ]
+        return DraftBatch(*np.asarray(columns, dtype=np.int64).T)
 
 
 class StairsModelRunnerMixin:
@@ -81,7 +95,8 @@ class StairsModelRunnerMixin:
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         # vLLM's own proposer refuses a draft that is not sharded as the target is.
         stock = gpu_model_runner.DraftModelProposer
-        gpu_model_runner.DraftModelProposer = StairsProposer
+        dedicated = vllm_config.speculative_config.stairs.placement == "dedicated"
+        gpu_model_runner.DraftModelProposer = AbsentDrafter if dedicated else StairsProposer
         try:
             super().__init__(vllm_config, device)  # type: ignore[call-arg]
         finally:
@@ -113,9 +128,18 @@ class StairsModelRunnerMixin:
             self.stairs_record = open(config.stairs.record, "a", buffering=1)  # noqa: SIM115
         self._stairs_drafted: dict[str, tuple[list[int], list[float]]] = {}
         self._stairs_target_seconds = 0.0
+        is_dedicated = config.stairs.placement == "dedicated"
+        # A dedicated draft's go to the first rank, and from there with the schedule to the others.
+        self._stairs_drafts = not is_dedicated or get_tensor_model_parallel_rank() == 0
         self.stairs_decider: HeightDecider | None = None
-        if config.stairs.height == "auto":
-            self.stairs_decider = self._make_decider(config.num_speculative_tokens)
+        if config.stairs.height == "auto" and self._stairs_drafts:
+            self.stairs_decider = self._make_decider(config.num_speculative_tokens, is_dedicated)
+        self.stairs_dedicated: DedicatedDraft | None = None
+        if is_dedicated and self._stairs_drafts:
+            self.stairs_dedicated = DedicatedDraft(
+                config, self.drafter.draft_config(), self.stairs_counters
+            )
+            self.stairs_dedicated.begin()
         self._stairs_pending: _Pending | None = None
         self._stairs_draft_seconds = 0.0
         self._stairs_step_start = 0.0
@@ -124,13 +148,14 @@ class StairsModelRunnerMixin:
 
     # ----------------------------------------------------------------------- start-up
 
-    def _make_decider(self: Any, max_height: int) -> HeightDecider:
+    def _make_decider(self: Any, max_height: int, is_dedicated: bool) -> HeightDecider:
         policy = None
         if get_tensor_model_parallel_rank() == 0:
-            share = self.drafter.weights_share()
+            share = weights_share(self.speculative_config)
             guess = {} if share is None else {"draft_share": min(share, 1.0)}
-            policy = RaggedPolicy(max_height, **guess)
-        return HeightDecider(policy, get_tp_group())
+            # A dedicated draft's confidences come with its drafts, when heights are chosen.
+            policy = RaggedPolicy(max_height, use_confidence=not is_dedicated, **guess)
+        return HeightDecider(policy, get_pp_group() if is_dedicated else get_tp_group())
 
     def initialize_kv_cache(
         self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
@@ -139,6 +164,10 @@ class StairsModelRunnerMixin:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)  # type: ignore[misc]
         # vLLM may have made a new input batch for the cache's block sizes.
         self._budget_thinking_plainly()
+        if self.speculative_config.stairs.placement == "dedicated":
+            if not is_profiling and self.stairs_dedicated is not None:
+                self.stairs_dedicated.wait_until_ready()
+            return
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
         self.stairs_ledger = DraftKVLedger(
             kv_cache_config.num_blocks, group.kv_cache_spec.block_size
@@ -185,16 +214,27 @@ class StairsModelRunnerMixin:
 
     def _update_states(self: Any, scheduler_output: Any) -> Any:
         """Also follow requests and blocks: which draft KV is gone, what a request allows."""
+        finished = scheduler_output.finished_req_ids
+        for req_id in finished:
+            self.stairs_limits.pop(req_id, None)
+            self._stairs_drafted.pop(req_id, None)
+        if self.stairs_decider is not None:
+            self.stairs_decider.forget(list(finished))
+        for new in scheduler_output.scheduled_new_reqs:
+            self.stairs_limits[new.req_id] = _limits(new, self.num_spec_tokens)
+        if self.stairs_ledger is not None:
+            self._follow_blocks(scheduler_output)
+        elif self.stairs_dedicated is not None:
+            self.stairs_dedicated.forget(finished)
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _follow_blocks(self: Any, scheduler_output: Any) -> None:
+        """Tell the ledger which blocks requests get and give up."""
         ledger = self.stairs_ledger
         group = self.drafter.kv_cache_gid
         for req_id in scheduler_output.finished_req_ids:
-            self.stairs_limits.pop(req_id, None)
-            self._stairs_drafted.pop(req_id, None)
             ledger.release(req_id)
-        if self.stairs_decider is not None:
-            self.stairs_decider.forget(list(scheduler_output.finished_req_ids))
         for new in scheduler_output.scheduled_new_reqs:
-            self.stairs_limits[new.req_id] = _limits(new, self.num_spec_tokens)
             ledger.admit(new.req_id, new.block_ids[group], new.num_computed_tokens)
         cached = scheduler_output.scheduled_cached_reqs
         for req_id, new_blocks, num_computed in zip(
@@ -206,7 +246,6 @@ class StairsModelRunnerMixin:
                 ledger.admit(req_id, new_blocks[group], num_computed)
             else:
                 ledger.extend(new_blocks[group])
-        return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     # --------------------------------------------------------------------------- scorer
 
@@ -328,12 +367,15 @@ class StairsModelRunnerMixin:
         heights_before = self.num_decode_draft_tokens.np[: len(sampled_token_ids)]
         self._observe(sampled_token_ids, heights_before, scheduler_output)
 
-        candidates = self._candidates(
-            sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule, sampling_metadata
-        )
-        heights = self._plan(candidates) if candidates else []
-        if any(heights):
-            self._stairs_pending = _Pending(candidates, heights, sampling_metadata)
+        if self._stairs_drafts:
+            candidates = self._candidates(
+                sampled_token_ids, scheduler_output.num_spec_tokens_to_schedule, sampling_metadata
+            )
+            heights = self._plan(candidates) if candidates else []
+            if any(heights):
+                self._stairs_pending = _Pending(candidates, heights, sampling_metadata)
+                if self.stairs_dedicated is not None:
+                    self._ask(self._stairs_pending)
         self._stairs_step_end = time.perf_counter()
         self._stairs_draft_seconds = self._stairs_step_end - start
         self.stairs_counters.add_time("draft", self._stairs_draft_seconds)
@@ -362,6 +404,7 @@ class StairsModelRunnerMixin:
         """Who drafts how far: all they can, or what the policy says."""
         decider: HeightDecider | None = self.stairs_decider
         if decider is None:
+            self.stairs_counters.count_off(c.reason for c in candidates if c.reason == AWAY)
             return [c.room for c in candidates]
         req_ids = self.input_batch.req_ids
         heights, reasons = decider.plan(
@@ -376,6 +419,24 @@ class StairsModelRunnerMixin:
         self.stairs_counters.set_gain(decider.gain)
         return heights
 
+    def _ask(self: Any, pending: _Pending) -> None:
+        """Ask the dedicated draft, and say how long its drafts are worth waiting for."""
+        patience_ms = None
+        if self.stairs_decider is not None:
+            patience_ms = self.stairs_decider.patience_ms()
+        if patience_ms is None:
+            patience_ms = fixed_patience_ms(
+                sum(pending.heights), len(pending.candidates), self._stairs_target_seconds * 1e3
+            )
+        batch = pending.batch
+        self.stairs_dedicated.ask(
+            [self.input_batch.req_ids[row] for row in batch.rows.tolist()],
+            batch,
+            self.input_batch.token_ids_cpu,
+            patience_ms,
+            want_confidences=self.stairs_decider is not None or self.stairs_record is not None,
+        )
+
     def _write(self: Any, pending: _Pending, start: float) -> None:
         """Write drafts; a policy also decides when each stops and what the target verifies.
 
@@ -384,45 +445,40 @@ class StairsModelRunnerMixin:
             start: when this step's drafting began (``time.perf_counter``).
         """
         decider: HeightDecider | None = self.stairs_decider
-        chosen = [i for i, height in enumerate(pending.heights) if height]
-        batch = _draft_batch(
-            [pending.candidates[i] for i in chosen], [pending.heights[i] for i in chosen]
-        )
-        after_first = 0.0
+        after_first: float | None = None
+        if self.stairs_dedicated is not None:
+            written: Drafts = self.stairs_dedicated.collect()
+            if decider is not None:
+                decider.arrived(written.confidences or [])
+        else:
 
-        def go_on(confidences: list[float]) -> list[int]:
-            nonlocal after_first
-            assert decider is not None
-            elapsed = time.perf_counter() - start
-            after_first = after_first or elapsed
-            return decider.proceed(confidences, elapsed * 1e3)
+            def go_on(confidences: list[float]) -> list[int]:
+                nonlocal after_first
+                assert decider is not None
+                elapsed = time.perf_counter() - start
+                after_first = after_first or elapsed
+                return decider.proceed(confidences, elapsed * 1e3)
 
-        written = self._draft(batch, pending.sampling_metadata, go_on if decider else None)
+            written = self.drafter.draft(
+                pending.batch,
+                self.input_batch.token_ids_cpu,
+                self.input_batch.block_table[self.drafter.kv_cache_gid],
+                pending.sampling_metadata,
+                want_confidences=self.stairs_record is not None,
+                go_on=go_on if decider else None,
+            )
+        self._after_drafting(pending, written)
         heights = pending.heights
         if decider is not None:
             # Which drafts to verify may depend on their confidence only where none was drawn.
             heights = decider.settle(len(heights), may_trim=written.probabilities is None)
             total = time.perf_counter() - start
-            decider.drafted(after_first * 1e3, (total - after_first) * 1e3)
-        for i, token_ids in zip(chosen, written.token_ids, strict=True):
+            if after_first is None:
+                decider.drafted(total * 1e3, None)
+            else:
+                decider.drafted(after_first * 1e3, (total - after_first) * 1e3)
+        for i, token_ids in zip(pending.chosen(), written.token_ids, strict=True):
             self._draft_token_ids[pending.candidates[i].row] = token_ids[: heights[i]]
-
-    def _draft(
-        self: Any,
-        batch: DraftBatch,
-        sampling_metadata: Any,
-        go_on: Callable[[list[float]], Sequence[int]] | None = None,
-    ) -> Drafts:
-        written: Drafts = self.drafter.draft(
-            batch,
-            self.input_batch.token_ids_cpu,
-            self.input_batch.block_table[self.drafter.kv_cache_gid],
-            sampling_metadata,
-            want_confidences=self.stairs_record is not None,
-            go_on=go_on,
-        )
-        self._after_drafting(batch, written)
-        return written
 
     def _candidates(
         self: Any, sampled_token_ids: list[list[int]], max_height: int, sampling_metadata: Any
@@ -430,13 +486,15 @@ class StairsModelRunnerMixin:
         """The requests that have written a token and go on, and how far each may draft."""
         req_ids = self.input_batch.req_ids
         num_tokens = self.input_batch.num_tokens_no_spec[: len(req_ids)].tolist()
-        group = self.drafter.kv_cache_gid
         plainly = needs_plain_sampling(sampling_metadata)
+        reason = SAMPLING if plainly else None
+        if self.stairs_dedicated is not None and not self.stairs_dedicated.is_free():
+            reason = reason or AWAY
         found: list[_Candidate] = []
         for row, req_id in enumerate(req_ids):
-            block_ids = self.requests[req_id].block_ids[group]
             confirmed = num_tokens[row] - 1
-            self.stairs_ledger.settle(req_id, block_ids, confirmed)
+            if self.stairs_ledger is not None:
+                self.stairs_ledger.settle(req_id, self._blocks_of(req_id), confirmed)
             if not sampled_token_ids[row]:
                 continue
             limits = self.stairs_limits[req_id]
@@ -445,7 +503,7 @@ class StairsModelRunnerMixin:
             if remaining <= 0 or newest in limits.stop_token_ids:
                 continue
             room = 0
-            if not plainly:
+            if reason is None:
                 room = height_ceiling(
                     limits,
                     num_tokens[row],
@@ -456,7 +514,7 @@ class StairsModelRunnerMixin:
                 )
             valid = confirmed
             if room:
-                valid = self.stairs_ledger.valid_tokens(req_id, block_ids, confirmed)
+                valid = self._valid_tokens(req_id, confirmed)
             found.append(
                 _Candidate(
                     row=row,
@@ -464,18 +522,31 @@ class StairsModelRunnerMixin:
                     num_valid=valid,
                     room=room,
                     remaining=remaining,
-                    reason=SAMPLING if plainly else None if limits.max_height else OPT_OUT,
+                    reason=reason if limits.max_height else OPT_OUT,
                 )
             )
         return found
 
-    def _after_drafting(self: Any, batch: DraftBatch, written: Drafts) -> None:
+    def _blocks_of(self: Any, req_id: str) -> list[int]:
+        """The blocks of a request in the draft's KV cache."""
+        block_ids: list[int] = self.requests[req_id].block_ids[self.drafter.kv_cache_gid]
+        return block_ids
+
+    def _valid_tokens(self: Any, req_id: str, confirmed: int) -> int:
+        """Leading tokens, at most ``confirmed``, whose draft KV is valid."""
+        if self.stairs_ledger is None:
+            return min(self.stairs_dedicated.read(req_id), confirmed)
+        return self.stairs_ledger.valid_tokens(req_id, self._blocks_of(req_id), confirmed)
+
+    def _after_drafting(self: Any, pending: _Pending, written: Drafts) -> None:
         req_ids = self.input_batch.req_ids
+        batch = pending.batch
         num_tokens = batch.num_tokens.tolist()
         for index, row in enumerate(batch.rows.tolist()):
-            # The last draft is never read by the draft model itself.
-            read = num_tokens[index] + max(len(written.token_ids[index]) - 1, 0)
-            self.stairs_ledger.wrote(req_ids[row], read)
+            if self.stairs_ledger is not None:
+                # The last draft is never read by the draft model itself.
+                read = num_tokens[index] + max(len(written.token_ids[index]) - 1, 0)
+                self.stairs_ledger.wrote(req_ids[row], read)
             if self.stairs_record is not None and written.confidences is not None:
                 self._stairs_drafted[req_ids[row]] = (
                     written.token_ids[index],
@@ -523,6 +594,11 @@ class StairsModelRunnerMixin:
                 "target_ms": round(self._stairs_target_seconds * 1e3, 3),
             }
             self.stairs_record.write(json.dumps(line) + "\n")
+
+    def stairs_close(self: Any) -> None:
+        """End what was started outside of this process."""
+        if self.stairs_dedicated is not None:
+            self.stairs_dedicated.close()
 
     def stairs_statistics(self: Any) -> dict[str, Any]:
         """The counters since start-up (see :class:`vllm_stairs.engine.metrics.Counters`)."""

@@ -28,6 +28,12 @@ class StairsSpeculativeConfig(SpeculativeConfig):
     stairs_counters_file: str | None = None
     """Where worker and server share the counters (see :mod:`vllm_stairs.engine.metrics`)."""
 
+    stairs_ray_address: str | None = None
+    """``HOST:PORT`` of the Ray cluster of a dedicated draft; None: the draft is not dedicated."""
+
+    stairs_ray_gpus: list[str] = Field(default_factory=list)
+    """Ids of the target's GPUs, on a cluster that may count them too."""
+
     def verify_equal_vocab_size_if_draft_model(self) -> None:
         """Allow another padded vocabulary size.
 

@@ -8,15 +8,24 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
 
 
-class _Statistics:
+class _Mixin:
+    """What all our workers have; put before vLLM's in the bases."""
+
     model_runner: Any
 
     def stairs_statistics(self) -> dict[str, Any]:
         """Counters of the method; ``llm.collective_rpc("stairs_statistics")[0]``."""
         return self.model_runner.stairs_statistics()
 
+    def shutdown(self) -> None:
+        """Also end a dedicated draft."""
+        runner = getattr(self, "model_runner", None)
+        if runner is not None:
+            runner.stairs_close()
+        super().shutdown()  # type: ignore[misc]
 
-class StairsGPUWorker(_Statistics, Worker):
+
+class StairsGPUWorker(_Mixin, Worker):
     """vLLM's worker on CUDA and ROCm."""
 
     def _make_model_runner(self) -> Any:
@@ -27,7 +36,7 @@ if current_platform.is_cpu():
     # On other platforms this import registers CPU-only shared memory.
     from vllm.v1.worker import cpu_worker
 
-    class StairsCPUWorker(_Statistics, cpu_worker.CPUWorker):
+    class StairsCPUWorker(_Mixin, cpu_worker.CPUWorker):
         """vLLM's worker on CPU."""
 
         def init_device(self) -> None:

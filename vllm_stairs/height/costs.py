@@ -352,10 +352,12 @@ class DraftCost:
         """
         if next_ms is None:
             # One figure for all: what the first pass is known to cost more stays with it.
-            usual = self.first(requests, plain_ms), self.next(later_requests, plain_ms)
-            share = usual[0] / (usual[0] + later * usual[1])
+            first = self.first(requests, plain_ms)
+            usual = first + later * self.next(later_requests, plain_ms)
             missing = self.fill(filled, plain_ms)
-            next_ms = (1.0 - share) * max(first_ms - missing, 0.0)
+            # Where all together took less than was expected, each did in proportion.
+            missing *= min(1.0, first_ms / (usual + missing))
+            next_ms = (1.0 - first / usual) * (first_ms - missing)
             first_ms -= next_ms
         if not self._level:
             self._level.add(self._share * plain_ms)

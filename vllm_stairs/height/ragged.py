@@ -6,6 +6,7 @@ The mathematics, the bounds and the sources are in ``docs/height-policy.md``. Th
     plan = policy.plan(...)             who drafts, at most how far, and why not
     while plan.active:                  one draft pass for these
         policy.proceed(plan, ...)       who goes on, given the draft's confidence
+                                    or, where drafts come all at once: policy.arrived(plan, ...)
     heights = policy.settle(plan)       what the target is to verify
     policy.drafted(plan, ...)           what drafting took
 
@@ -17,7 +18,7 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
-from vllm_stairs.height.choice import Choice, cheapest_trial, could_pay
+from vllm_stairs.height.choice import Choice, cheapest_trial, could_pay, uneven_margin
 from vllm_stairs.height.costs import DraftCost, TargetCost, bucket
 from vllm_stairs.height.gain import Gain
 from vllm_stairs.height.plan import (
@@ -308,7 +309,8 @@ class RaggedPolicy:
         option = Choice(plan, survivals)
         option.choose(able)
         probe_height = min(max(option.heights), _TALLEST_PROBE)
-        least = (1.0 if self._on else 1.02) * batch / self.target.relative(batch, False)
+        margin = uneven_margin(batch) + (0.0 if self._on else 0.02)
+        least = (1.0 + margin) * batch / self.target.relative(batch, False)
         go = wanted = option.rate * self._edge > least and not self.account.blocked
         if go and holes is not None:
             self._weigh_holes(option, holes, remaining)
@@ -472,6 +474,34 @@ class RaggedPolicy:
         for index in set(active).difference(plan.active):
             heights[index] = depth
         return places
+
+    def expected_tokens(self, plan: Plan) -> float:
+        """How many drafts of the requests in ``plan.active`` are likely to be kept."""
+        forecast = self.gains.forecast
+        return sum(
+            sum(accumulate(forecast(plan.keys[index], plan.heights[index], True), mul))
+            for index in plan.active
+        )
+
+    def arrived(self, plan: Plan, confidences: Sequence[Sequence[float]]) -> None:
+        """All drafts have come at once, from elsewhere; in place of :meth:`proceed`.
+
+        Args:
+            plan: of this step.
+            confidences: for each request in ``plan.active``, the draft's probability of each token
+                that came; none where nothing did.
+        """
+        drafts = dict(zip(plan.active, confidences, strict=True))
+        for index, own in drafts.items():
+            plan.heights[index] = len(own)
+        for depth in range(max(map(len, confidences), default=0)):
+            plan.active = [index for index, own in drafts.items() if len(own) > depth]
+            plan.passes.append(len(plan.active))
+            self._after_pass(plan, [drafts[index][depth] for index in plan.active])
+        if not plan.passes:
+            # It was waited for, which has its price.
+            plan.passes.append(len(drafts))
+        plan.active = []
 
     def _expected_ms(self, plan: Plan) -> tuple[float, float]:
         """Milliseconds that the draft passes so far, and reading missing text, should take."""

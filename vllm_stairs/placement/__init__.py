@@ -1,0 +1,1 @@
+"""The draft on a device of its own: its cluster, messages and bookkeeping. Imports no vLLM."""

@@ -119,6 +119,12 @@ HOOKS: tuple[Hook, ...] = (
         "left out where nobody drafted",
     ),
     _hook(
+        "v1.executor.multiproc_executor",
+        "MultiprocExecutor.collective_rpc",
+        "self method timeout args kwargs non_block unique_reply_rank",
+        "asks for drafts along with the step",
+    ),
+    _hook(
         _RUNNER,
         "GPUModelRunner._build_attention_metadata",
         "self num_tokens num_reqs max_query_len",

@@ -18,6 +18,17 @@ from tests.tiny import TinyModels
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs GPUs where there are none: deselected, neither passed nor skipped."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """The prepared models (``make test`` prepares them)."""

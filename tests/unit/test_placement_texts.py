@@ -13,6 +13,7 @@ import pytest
 from vllm_stairs.placement.patience import (
     HUNG_SECONDS,
     BackOff,
+    Foresight,
     fixed_patience_ms,
     hung_after_seconds,
     worth_ms,
@@ -264,6 +265,35 @@ def until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def test_writing_on_stops_where_it_is_in_vain() -> None:
+    foresight = Foresight()
+    assert foresight.pays()
+    for _ in range(20):
+        foresight.saw(0)
+        foresight.pays()
+    # From then on one time in 16.
+    assert sum(foresight.pays() for _ in range(160)) == 10
+
+
+def test_writing_on_goes_on_where_it_saves_passes() -> None:
+    """One question in four finds four drafts: a pass a question."""
+    foresight = Foresight()
+    for number in range(400):
+        assert foresight.pays()
+        foresight.saw(4 if number % 4 == 0 else 0)
+
+
+def test_writing_on_is_found_out_to_pay_again() -> None:
+    foresight = Foresight()
+    for _ in range(50):
+        foresight.pays()
+        foresight.saw(0)
+    for _ in range(200):
+        foresight.pays()
+        foresight.saw(4)
+    assert all(foresight.pays() for _ in range(20))
 
 
 def test_supervisor_replaces_what_is_lost() -> None:

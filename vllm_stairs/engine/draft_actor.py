@@ -30,6 +30,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_stairs.engine.proposer import DraftBatch, StairsProposer
+from vllm_stairs.placement.patience import Foresight
 from vllm_stairs.placement.protocol import Reply, Step, Text, decode_step, encode
 from vllm_stairs.placement.texts import Row, Texts
 
@@ -120,6 +121,7 @@ class Writer:
             self.num_blocks,
             block_size,
         )
+        self._foresight = Foresight()
         # What a pass of one token per request takes, of late.
         self._pass_seconds = 0.0
         # Of the last step: who can be written on, and how far each was asked for.
@@ -156,6 +158,7 @@ class Writer:
         ]
         self._last = [(row, text.height) for row, text in zip(rows, step.texts, strict=True) if row]
         ready = all(row.ready >= height for row, height in self._last)
+        self._foresight.saw(min((row.ready for row, _ in self._last), default=0))
         if not ready:
             self._write(
                 [(row, row.length + height) for row, height in self._last],
@@ -188,7 +191,7 @@ class Writer:
             step: that was answered.
             is_over: asked after each pass.
         """
-        if step.ahead and not is_over():
+        if step.ahead and self._foresight.pays() and not is_over():
             self._write(
                 [(row, row.length + height + step.ahead) for row, height in self._last],
                 step.confidences,

@@ -1,4 +1,5 @@
-"""How long to wait for a draft, when to give it up, when to try again: arithmetic on numbers."""
+"""Arithmetic on numbers: how long to wait for a draft, when it writes on, when to give it up and when
+to try again."""
 
 import math
 
@@ -46,6 +47,39 @@ def hung_after_seconds(patience_ms: float, unread: int) -> float:
         unread: tokens of text that it had to read.
     """
     return HUNG_SECONDS + (patience_ms + SLOWEST_READING_MS * unread) / 1e3
+
+
+class Foresight:
+    """Whether a draft should write on after its answer, from what that has brought of late.
+
+    It brings the passes that are not needed any more, where every request of the next question
+    goes on as was foreseen; one answer serves them all. It costs half a pass on average where it
+    was in vain, because a pass under way is not broken off.
+    """
+
+    _WORTH = 0.5
+    _NEWS = 0.1
+    _TRIAL = 16
+
+    def __init__(self) -> None:
+        self._saved = 1.0
+        self._wrote = False
+        self._idle = 0
+
+    def pays(self) -> bool:
+        """Whether to write on now. If it has not paid, one time in 16 it is tried again."""
+        self._idle = 0 if self._saved >= self._WORTH else self._idle + 1
+        self._wrote = self._idle % self._TRIAL == 0
+        return self._wrote
+
+    def saw(self, drafts: int) -> None:
+        """A question has come.
+
+        Args:
+            drafts: that were there already, for each of its requests.
+        """
+        if self._wrote:
+            self._saved += self._NEWS * (drafts - self._saved)
 
 
 class BackOff:

@@ -147,3 +147,8 @@ def test_our_own_choice_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.bind_threads(2) == "0,1|2,3" == os.environ[cpu.BINDING]
     assert cpu.bind_threads(8) is None
     assert cpu.BINDING not in os.environ
+
+
+def test_a_target_leaves_memory_to_a_draft_beside_it() -> None:
+    assert cpu.memory_share(0.92, available=20, total=24) == pytest.approx(0.65 * 20 / 24)
+    assert cpu.memory_share(0.3, available=20, total=24) == 0.3

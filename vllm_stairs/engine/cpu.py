@@ -24,6 +24,8 @@ DRAFT_BINDING = "VLLM_STAIRS_DRAFT_THREADS"
 """The cores that were set aside for a dedicated draft, for the worker that starts it."""
 DRAFT_SHARE = 8
 """A dedicated draft has one core of so many: about what it weighs beside its target."""
+TARGET_SHARE = 0.65
+"""What a target takes at most of a CPU machine's free memory beside a dedicated draft."""
 FEW_CORES = 8
 """Cores of a worker below which the one that vLLM reserves is missed: an eighth of the speed."""
 
@@ -196,3 +198,14 @@ def thread_binding(
         return None
     own = [cores[worker * each : (worker + 1) * each] for worker in range(workers)]
     return "|".join(",".join(map(str, sorted(part))) for part in own)
+
+
+def memory_share(asked: float, available: int, total: int) -> float:
+    """A target's share of a machine's memory with a dedicated draft beside it.
+
+    Args:
+        asked: vLLM's ``gpu_memory_utilization``, which on CPU is a share of all memory.
+        available: bytes that are free now, while the draft is being loaded.
+        total: bytes of the machine.
+    """
+    return min(asked, TARGET_SHARE * available / total)

@@ -2,10 +2,16 @@
 
 from typing import Any
 
+import psutil
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_stairs.engine.cpu import memory_share
 from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
+from vllm_stairs.placement.cluster import may_be_here
+
+logger = init_logger("vllm.stairs.worker")
 
 
 class _Mixin:
@@ -38,6 +44,26 @@ if current_platform.is_cpu():
 
     class StairsCPUWorker(_Mixin, cpu_worker.CPUWorker):
         """vLLM's worker on CPU."""
+
+        def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            stairs, cache = vllm_config.speculative_config.stairs, vllm_config.cache_config
+            if (
+                stairs.placement == "dedicated"
+                and may_be_here(stairs.draft_node)
+                and cache.kv_cache_memory_bytes is None
+            ):
+                # vLLM takes nearly all memory of the machine, or refuses to start.
+                memory = psutil.virtual_memory()
+                share = memory_share(cache.gpu_memory_utilization, memory.available, memory.total)
+                if share < cache.gpu_memory_utilization:
+                    logger.info(
+                        "Stairs: the target takes %.0f %% of this machine's memory instead of "
+                        "%.0f %%: its draft is here too.",
+                        100 * share,
+                        100 * cache.gpu_memory_utilization,
+                    )
+                    cache.gpu_memory_utilization = share
+            super().__init__(vllm_config, *args, **kwargs)
 
         def init_device(self) -> None:
             """As in vLLM, which names the runner's class inside this method.

@@ -1,5 +1,7 @@
-"""Arithmetic on numbers: how long to wait for a draft, when it writes on, when to give it up and when
-to try again."""
+"""How long to wait for a draft, when it writes on, when to give it up, when to try again.
+
+Arithmetic on numbers.
+"""
 
 import math
 

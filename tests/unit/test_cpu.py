@@ -151,4 +151,5 @@ def test_our_own_choice_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_target_leaves_memory_to_a_draft_beside_it() -> None:
     assert cpu.memory_share(0.92, available=20, total=24) == pytest.approx(0.65 * 20 / 24)
+    assert cpu.memory_share(0.92, 20, 24, workers=2) == pytest.approx(0.65 * 20 / 24 / 2)
     assert cpu.memory_share(0.3, available=20, total=24) == 0.3

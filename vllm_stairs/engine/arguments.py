@@ -258,7 +258,8 @@ def build(engine_args: Any, target: Any, parallel: Any) -> Any:
             "scheduling and full graphs there.",
             current_platform.device_name,
         )
-    if bundle is not None:
+    # Of several API servers the parent alone starts the engine.
+    if bundle is not None and (parallel._api_process_count == 1 or parallel._api_process_rank < 0):
         deployment.place(config, bundle, parallel)
     if _has_worker_processes(parallel):
         from vllm_stairs.engine.executor import StairsMultiprocExecutor

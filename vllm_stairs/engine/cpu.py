@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 LIBRARY = "libiomp5"
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
@@ -200,12 +200,20 @@ def thread_binding(
     return "|".join(",".join(map(str, sorted(part))) for part in own)
 
 
-def memory_share(asked: float, available: int, total: int) -> float:
-    """A target's share of a machine's memory with a dedicated draft beside it.
+def free_memory() -> Any:
+    """vLLM's ``MemoryNodeInfo`` of the memory that this process's workers check."""
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    return get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+
+
+def memory_share(asked: float, available: int, total: int, workers: int = 1) -> float:
+    """The share of a machine's memory for a worker of a target with a dedicated draft beside it.
 
     Args:
         asked: vLLM's ``gpu_memory_utilization``, which on CPU is a share of all memory.
         available: bytes that are free now, while the draft is being loaded.
         total: bytes of the machine.
+        workers: of the target, on this machine.
     """
-    return min(asked, TARGET_SHARE * available / total)
+    return min(asked, TARGET_SHARE * available / total / workers)

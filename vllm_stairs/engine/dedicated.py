@@ -9,6 +9,7 @@ never depend on it.
 import contextlib
 import copy
 import os
+import re
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -29,8 +30,11 @@ from vllm_stairs.placement.supervisor import Supervisor
 
 logger = init_logger("vllm.stairs.dedicated")
 
-START_SECONDS = 900.0
-"""For loading and compiling a draft; longer means that it hangs."""
+START_SECONDS = 540.0
+"""For loading and compiling a draft; longer means that it hangs. vLLM waits 600 for an engine."""
+
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+"""Names of variables that the draft does not get."""
 
 _HAND_OVER_MS = 1.0
 """A guess, until it is measured."""
@@ -56,6 +60,7 @@ class AbsentDrafter(DraftModelProposer):
         own = self.vllm_config
         own.cache_config.enable_prefix_caching = False
         own.cache_config.num_gpu_blocks_override = None
+        own.cache_config.kv_cache_memory_bytes = None
         # One group of blocks, whatever kinds of attention the draft has.
         own.scheduler_config.disable_hybrid_kv_cache_manager = True
         config = self._create_draft_vllm_config()
@@ -137,6 +142,7 @@ class DedicatedDraft:
         self._speculative_config = speculative_config
         self._draft_config = draft_config
         self._counters = counters
+        self._vocab_size = speculative_config.target_model_config.get_vocab_size()
         height = speculative_config.num_speculative_tokens
         # The bonus token and the next staircase.
         self.ahead = height + 1 if options.overlap == "auto" else 0
@@ -203,7 +209,14 @@ class DedicatedDraft:
         from vllm_stairs.engine.draft_actor import DELAY_VARIABLE, DraftActor
 
         names = get_env_vars_to_copy(WORKER_SPECIFIC_ENV_VARS, {DELAY_VARIABLE}, "the draft")
-        environment = {name: os.environ[name] for name in names if name in os.environ}
+        # Ray shows and logs it.
+        environment = {
+            name: os.environ[name]
+            for name in names
+            if name in os.environ and not _SECRET.search(name)
+        }
+        if cluster.is_own(self._speculative_config.stairs_ray_address):
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         if cluster.draft_is_here(self._group):
             environment |= draft_environment()
@@ -354,6 +367,7 @@ class DedicatedDraft:
             if isinstance(question.answer, Exception):
                 raise question.answer
             reply = decode_reply(ray.get(question.answer, timeout=timeout))
+            reply.check(len(question.req_ids), self._vocab_size)
         except GetTimeoutError:
             return None
         except Exception as error:

@@ -55,12 +55,18 @@ def place(config: Any, bundle: DraftBundle, parallel: Any) -> None:
     size = 0 if current_platform.is_cpu() else parallel.tensor_parallel_size
     variable = getattr(current_platform, "device_control_env_var", "CUDA_VISIBLE_DEVICES")
     visible = _visible_gpus(variable) if size else []
+    chosen = getattr(parallel, "assigned_physical_gpu_ids", None)
+    if size and chosen:  # --device-ids
+        taken = [str(gpu) for gpu in chosen]
+        visible = [*taken, *(gpu for gpu in visible if gpu not in taken)]
+    # Workers that vLLM starts take the first ones; those that Ray starts may be anywhere.
+    target_gpus = [str(rank) for rank in range(size)] if by_ray else visible[:size]
     address = cluster.connect(
         config.stairs.ray_address,
         bundle,
-        # Workers that vLLM starts take the first ones.
-        target_gpus=visible[:size],
+        target_gpus=target_gpus,
         own_gpus=visible if by_ray else visible[size:],
+        by_ray=by_ray,
         gpu_variable=variable,
     )
     config.stairs = config.stairs.model_copy(
@@ -68,12 +74,12 @@ def place(config: Any, bundle: DraftBundle, parallel: Any) -> None:
     )
     config.stairs_ray_address = address
     own = cluster.is_own(address) and not by_ray
-    config.stairs_ray_gpus = [] if own else visible[:size]
+    config.stairs_ray_gpus = [] if own or by_ray else target_gpus
     if by_ray and size:
         # One group for all. vLLM's driver joins the cluster that the variable names.
         os.environ[cluster.ADDRESS_VARIABLE] = address
         cluster.join(address)
-        parallel.placement_group = cluster.reserve(bundle, target_gpus=visible[:size], by_ray=True)
+        parallel.placement_group = cluster.reserve(bundle, target_gpus=target_gpus, by_ray=True)
         first = cluster.DRAFT_BUNDLE + 1
         os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, range(first, first + size)))
 

@@ -21,7 +21,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
@@ -29,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_stairs.engine.cpu import free_memory
 from vllm_stairs.engine.proposer import DraftBatch, StairsProposer
 from vllm_stairs.placement.patience import Foresight
 from vllm_stairs.placement.protocol import Reply, Step, Text, decode_step, encode
@@ -102,7 +102,7 @@ class Writer:
         cache_config = vllm_config.cache_config
         if current_platform.is_cpu() and cache_config.kv_cache_memory_bytes is None:
             # vLLM would ask for most of the memory, which the target has already done.
-            cache_config.kv_cache_memory_bytes = psutil.virtual_memory().available // 4
+            cache_config.kv_cache_memory_bytes = free_memory().available_memory // 4
         self.core = EngineCore(vllm_config, DraftExecutor, log_stats=False)
         runner = self.core.model_executor.driver_worker.worker.model_runner
         config = copy.copy(vllm_config)

@@ -38,7 +38,8 @@ class StairsMultiprocExecutor(MultiprocExecutor):
         ):
             self._asked = self.collective_rpc(
                 "take_draft_token_ids",
-                timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+                # It counts from now: for the step, and for drafting.
+                timeout=2 * envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
                 unique_reply_rank=self.output_rank,
                 non_block=True,
             )

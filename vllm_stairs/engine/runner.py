@@ -225,7 +225,9 @@ class StairsModelRunnerMixin:
         if self.stairs_ledger is not None:
             self._follow_blocks(scheduler_output)
         elif self.stairs_dedicated is not None:
-            self.stairs_dedicated.forget(finished)
+            # A request that comes again under its name may bring another text.
+            new_ids = [new.req_id for new in scheduler_output.scheduled_new_reqs]
+            self.stairs_dedicated.forget([*finished, *new_ids])
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     def _follow_blocks(self: Any, scheduler_output: Any) -> None:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import psutil
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_stairs.engine.cpu import memory_share
+from vllm_stairs.engine.cpu import free_memory, memory_share
 from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
 from vllm_stairs.placement.cluster import may_be_here
 
@@ -53,8 +52,13 @@ if current_platform.is_cpu():
                 and cache.kv_cache_memory_bytes is None
             ):
                 # vLLM takes nearly all memory of the machine, or refuses to start.
-                memory = psutil.virtual_memory()
-                share = memory_share(cache.gpu_memory_utilization, memory.available, memory.total)
+                memory = free_memory()
+                share = memory_share(
+                    cache.gpu_memory_utilization,
+                    memory.available_memory,
+                    memory.total_memory,
+                    vllm_config.parallel_config.tensor_parallel_size,
+                )
                 if share < cache.gpu_memory_utilization:
                     logger.info(
                         "Stairs: the target takes %.0f %% of this machine's memory instead of "

@@ -144,6 +144,7 @@ def connect(
     *,
     target_gpus: Sequence[str] = (),
     own_gpus: Sequence[str] = (),
+    by_ray: bool = False,
     gpu_variable: str = "CUDA_VISIBLE_DEVICES",
     timeout: float = 30.0,
 ) -> str:
@@ -156,6 +157,7 @@ def connect(
         bundle: what the draft takes; the default is one CPU.
         target_gpus: ids of the GPUs that the target holds on this machine.
         own_gpus: ids of the GPUs that an instance of our own has: those that the target leaves.
+        by_ray: see :func:`reserve`.
         gpu_variable: names them to processes.
         timeout: seconds to wait for free resources.
 
@@ -185,6 +187,7 @@ def connect(
         "bundle": bundle.amounts(),
         "node": bundle.node,
         "target_gpus": list(target_gpus),
+        "by_ray": by_ray,
         "timeout": timeout,
     }
     with tempfile.TemporaryFile() as log:
@@ -401,6 +404,12 @@ def join(address: str) -> None:
     import ray
 
     if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if joined != address:
+            raise ClusterError(
+                f"This process is connected to the Ray cluster {joined} already and cannot join "
+                f"{address}: name that one (--stairs-ray-address), or disconnect first."
+            )
         return
     os.environ.setdefault(_GIVE_UP_VARIABLE, str(_NEVER))
     _take_environment(own=is_own(address))

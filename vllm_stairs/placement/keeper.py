@@ -88,7 +88,13 @@ def _check(request: Mapping[str, Any]) -> str:
         logging_level=logging.WARNING,
     )
     bundle = DraftBundle.of(request["bundle"], request["node"])
-    release(reserve(bundle, target_gpus=request["target_gpus"], timeout=request["timeout"]))
+    group = reserve(
+        bundle,
+        target_gpus=request["target_gpus"],
+        by_ray=request["by_ray"],
+        timeout=request["timeout"],
+    )
+    release(group)
     return str(ray.get_runtime_context().gcs_address)
 
 

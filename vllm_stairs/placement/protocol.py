@@ -68,6 +68,24 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     busy_ms: float
     ready: bool
 
+    def check(self, texts: int, vocab_size: int) -> None:
+        """See to it that this can be the answer to a step.
+
+        Args:
+            texts: of the step.
+            vocab_size: the target's ids are below it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        widths = [len(ids) for ids in self.token_ids]
+        if len(widths) != texts or (
+            self.confidences and [len(own) for own in self.confidences] != widths
+        ):
+            raise ValueError("the draft's answer does not fit the question")
+        if any(not 0 <= id_ < vocab_size for ids in self.token_ids for id_ in ids):
+            raise ValueError("the draft's answer has ids that the target does not know")
+
 
 _encoder = msgspec.msgpack.Encoder()
 _steps = msgspec.msgpack.Decoder(Step)

@@ -190,6 +190,9 @@ def test_this_machine() -> None:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     before = dict(os.environ)
+    # Engines of other tests in this process may have an instance.
+    others, cluster._instance = cluster._instance, None
+    os.environ.pop("RAY_AUTH_TOKEN", None)
     # A user's own setting must not open the instance.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     try:
@@ -201,6 +204,7 @@ def address() -> Iterator[str]:
         assert "RAY_AUTH_TOKEN" not in os.environ
         os.environ.clear()
         os.environ.update(before)
+        cluster._instance = others
         assert not running(processes)
 
 

@@ -112,8 +112,10 @@ class _Instance:
     process: "subprocess.Popen[bytes]"
     address: str
     folder: Path
+    ours: dict[str, str]
+    """Variables that the server's processes inherit from here."""
     before: dict[str, str | None]
-    """What the variables were that the server's processes inherit from here."""
+    """What they were."""
     owner: int
     """Process id of the front end."""
 
@@ -251,6 +253,7 @@ def _own_instance(bundle: DraftBundle, gpus: Sequence[str], gpu_variable: str) -
     """Start an instance of our own, or take the one that this process has."""
     global _instance
     if _instance is not None and _instance.process.poll() is None:
+        os.environ.update(_instance.ours)
         return _instance.address
     stop()
     ours = {
@@ -289,7 +292,7 @@ def _own_instance(bundle: DraftBundle, gpus: Sequence[str], gpu_variable: str) -
         raise
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
-    _instance = _Instance(process, address, folder, before, os.getpid())
+    _instance = _Instance(process, address, folder, ours, before, os.getpid())
     # Finalizers run in reverse order, so after those of an engine that is made later.
     weakref.finalize(sys.modules[__name__], stop)
     return address

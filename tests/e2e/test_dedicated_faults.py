@@ -3,9 +3,7 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import psutil
 import pytest
 from vllm import LLM
 
+from tests.e2e.servers import launch, wait_until_healthy
 from tests.engine.engines import greedy, plain, statistics, token_ids
 from tests.engine.test_dedicated import Since, dedicated, runner_of
 from tests.engine.test_identity import prompts
@@ -123,36 +122,18 @@ def start(
     processes = []
 
     def start() -> tuple["subprocess.Popen[bytes]", str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LD_PRELOAD")}
-        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-        log_path = tmp_path / f"{port}.log"
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    Path(sys.executable).parent / "vllm", "serve", tiny.target,
-                    "--speculative-method", "stairs", "--speculative-model", tiny.noisy,
-                    "--stairs-placement", "dedicated", "--stairs-height", "fixed",
-                    "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
-                    "--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32",
-                    "--kv-cache-memory-bytes", str(64 * 2**20),
-                    "--host", "127.0.0.1", "--port", str(port),
-                ],
-                stdout=log, stderr=log, env=env,
-            )  # fmt: skip
+        log_path = tmp_path / f"{len(processes)}.log"
+        process, url = launch(
+            log_path, tiny.target,
+            "--speculative-method", "stairs", "--speculative-model", tiny.noisy,
+            "--stairs-placement", "dedicated", "--stairs-height", "fixed",
+            "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32",
+            "--kv-cache-memory-bytes", str(64 * 2**20),
+        )  # fmt: skip
         processes.append(process)
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 400
-        while True:
-            assert process.poll() is None, log_path.read_text()[-4000:]
-            assert time.monotonic() < deadline, log_path.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                return process, url
-            except OSError:
-                time.sleep(0.5)
+        wait_until_healthy(process, url, log_path)
+        return process, url
 
     yield start
     for process in processes:

@@ -1,12 +1,9 @@
 """The real server with the real client, on real weights."""
 
 import concurrent.futures
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +12,8 @@ from pathlib import Path
 import openai
 import pytest
 from vllm import LLM, SamplingParams
+
+from tests.e2e.servers import launch, wait_until_healthy
 
 pytestmark = pytest.mark.server
 
@@ -40,45 +39,26 @@ def plain(smollm2: Path) -> LLM:
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of a server with stairs as a user gets it: the shipped draft, nothing else said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log_path = tmp_path_factory.mktemp("server") / "log"
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LD_PRELOAD")}
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [
-                Path(sys.executable).parent / "vllm", "serve", smollm2,
-                "--speculative-method", "stairs",
-                "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
-                "--max-model-len", "512", "--max-num-seqs", "8",
-                "--kv-cache-memory-bytes", str(512 * 2**20),
-                "--host", "127.0.0.1", "--port", str(port),
-            ],
-            stdout=log, stderr=log, env=env,
-        )  # fmt: skip
-        url = f"http://127.0.0.1:{port}"
+    process, url = launch(
+        log_path, smollm2,
+        "--speculative-method", "stairs",
+        "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "512", "--max-num-seqs", "8",
+        "--kv-cache-memory-bytes", str(512 * 2**20),
+    )  # fmt: skip
+    try:
+        wait_until_healthy(process, url, log_path)
+        yield url
+        text = log_path.read_text()
+        assert "costs" in text, "the start-up line about the draft"
+        assert "without Intel OpenMP" not in text
+    finally:
+        process.send_signal(signal.SIGINT)
         try:
-            deadline = time.monotonic() + 400
-            while True:
-                assert process.poll() is None, log_path.read_text()[-4000:]
-                assert time.monotonic() < deadline, log_path.read_text()[-4000:]
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=2)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield url
-            text = log_path.read_text()
-            assert "costs" in text, "the start-up line about the draft"
-            assert "without Intel OpenMP" not in text
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,35 @@ if __name__ == "__main__":
 """
 
 
+def in_a_process(
+    script: str, job: dict[str, Any], folder: Path, *, timeout: float, **environment: str
+) -> Any:
+    """Run a script whose engine has worker processes.
+
+    Args:
+        script: its text; prints ``RESULT`` and a JSON value.
+        job: its argument, as JSON.
+        folder: for the script.
+        timeout: seconds.
+        environment: further variables.
+
+    Returns:
+        What it printed.
+    """
+    file = folder / "script.py"  # A file: vLLM spawns its workers.
+    file.write_text(script)
+    run = subprocess.run(
+        [sys.executable, str(file), json.dumps(job)],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, run.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
 def tensor_parallel_2(
     model: Path,
     draft: Path,
@@ -123,24 +152,14 @@ def tensor_parallel_2(
         "max_tokens": max_tokens,
         "dice": dice,
     }
-    script = folder / "tp2.py"  # A file: vLLM spawns its workers.
-    script.write_text(_PARALLEL_SCRIPT)
-    env = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # For the function that brings the dice.
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        env=env,
-        capture_output=True,
-        text=True,
+    outputs, (counters, others) = in_a_process(
+        _PARALLEL_SCRIPT,
+        job,
+        folder,
         timeout=600,
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # For the function that brings the dice.
+        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
     )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stderr[-3000:]
-    outputs, (counters, others) = json.loads(lines[0].removeprefix("RESULT "))
     for name in ("heights", "accepted"):
         assert counters[name] == others[name], "the ranks have verified different staircases"
     return outputs, counters

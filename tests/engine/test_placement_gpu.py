@@ -4,16 +4,12 @@ Not yet run: no machine with several GPUs was at hand (``docs/placement.md``). E
 of their own, because each wants the GPUs for itself.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.engines import COMMON
+from tests.engine.engines import COMMON, in_a_process
 from tests.engine.test_identity import prompts
 from tests.tiny import TinyModels
 
@@ -35,22 +31,11 @@ if __name__ == "__main__":
 
 
 def write(folder: Path, model: Path, **engine: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    script = folder / "gpu.py"  # A file: vLLM spawns its workers.
-    script.write_text(_SCRIPT)
     job = {
         "engine": {**COMMON, "model": str(model), "max_num_seqs": 8, **engine},
         "prompts": prompts(6, seed=110),
     }
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stderr[-3000:]
-    ids, counters = json.loads(lines[0].removeprefix("RESULT "))
+    ids, counters = in_a_process(_SCRIPT, job, folder, timeout=900)
     return ids, counters
 
 

@@ -69,9 +69,14 @@ def preload_openmp() -> bool:
     library = find_openmp()
     if library is None or in_process():
         return False
-    others = os.environ.get("LD_PRELOAD")
-    os.environ["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
+    os.environ["LD_PRELOAD"] = _preloading(library)
     return True
+
+
+def _preloading(library: Path) -> str:
+    """``LD_PRELOAD`` with the library before what is there already."""
+    others = os.environ.get("LD_PRELOAD")
+    return f"{library}:{others}" if others else str(library)
 
 
 def bind_threads(workers: int, draft: int = 0, *, processes: bool = True) -> str | None:
@@ -136,8 +141,7 @@ def draft_environment() -> dict[str, str]:
     if is_preloaded():
         environment["LD_PRELOAD"] = os.environ["LD_PRELOAD"]
     elif library is not None:
-        others = os.environ.get("LD_PRELOAD")
-        environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
+        environment["LD_PRELOAD"] = _preloading(library)
     if binding:
         environment["OMP_NUM_THREADS"] = str(len(binding.split(",")))
         if LIBRARY in environment.get("LD_PRELOAD", ""):

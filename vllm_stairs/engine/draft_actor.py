@@ -29,6 +29,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_stairs.engine.cpu import free_memory
+from vllm_stairs.engine.frames import with_room
 from vllm_stairs.engine.proposer import DraftBatch, StairsProposer
 from vllm_stairs.placement.patience import Foresight
 from vllm_stairs.placement.protocol import Reply, Step, Text, decode_step, encode
@@ -69,6 +70,7 @@ class DraftActor:
         self._messages.put((message, time.perf_counter(), answer))
         return answer.result()
 
+    @with_room
     def _run(self, vllm_config: Any, speculative_config: Any) -> None:
         """The thread of the model."""
         try:

@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_stairs.engine.cpu import free_memory, memory_share
+from vllm_stairs.engine.frames import with_room
 from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
 from vllm_stairs.placement.cluster import may_be_here
 
@@ -17,6 +18,21 @@ class _Mixin:
     """What all our workers have; put before vLLM's in the bases."""
 
     model_runner: Any
+
+    @with_room
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM."""
+        return super().execute_model(*args, **kwargs)  # type: ignore[misc]
+
+    @with_room
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM."""
+        return super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+
+    @with_room
+    def take_draft_token_ids(self, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM; here drafts are written."""
+        return super().take_draft_token_ids(*args, **kwargs)  # type: ignore[misc]
 
     def stairs_statistics(self) -> dict[str, Any]:
         """Counters of the method; ``llm.collective_rpc("stairs_statistics")[0]``."""

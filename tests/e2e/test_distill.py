@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,12 +102,45 @@ def test_the_draft_is_a_standard_model(made: tuple[Path, str], tiny: TinyModels)
 
 
 def test_the_same_command_again_changes_nothing(
-    made: tuple[Path, str], common: list[object]
+    made: tuple[Path, str], common: list[object], carried_out: Callable[..., str]
 ) -> None:
     out, _ = made
-    again = distill(*common, "--out", out)
-    assert again.returncode == 0, again.stderr
-    assert (out / "model.safetensors").is_file()
+    before = (out / "model.safetensors").read_bytes()
+    assert "the training has ended" in carried_out(*common, "--out", out)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def carried_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a command in this process; returns what it printed."""
+
+    def carried_out(*arguments: object) -> str:
+        for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+            monkeypatch.setenv(name, "1")  # Put back when the test is over.
+        assert cli.main(["distill", *map(str, arguments)]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return carried_out
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a command that is refused, in this process; returns the one line that says why."""
+
+    def refused(*arguments: object) -> str:
+        for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+            monkeypatch.setenv(name, "1")  # Put back when the test is over.
+        assert cli.main(["distill", *map(str, arguments)]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("vllm-stairs distill: error: ")
+        assert len([line for line in lines if "rror" in line]) == 1
+        return lines[-1]
+
+    return refused
 
 
 @pytest.mark.parametrize(
@@ -121,6 +157,12 @@ def test_the_same_command_again_changes_nothing(
         (["--max-minutes", "0"], "--max-minutes must be"),
         (["--max-minutes", "5", "--on-policy-rounds", "1"], "does not go with"),
         (["--evaluations", "0"], "--evaluations must be at least 1"),
+        (["--patience", "0"], "--patience must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be above 0"),
+        (["--keep", "97"], "the target has 96 ids"),
+        (["--tied"], "leave out the tying"),
         (["--max-length", "100000"], "the target goes up to 512"),
         (["--max-length", "50"], "--max-length must leave room"),
         (["--prompts", "/nowhere/prompts"], "cannot read"),
@@ -131,36 +173,134 @@ def test_bad_input_gets_one_line(
     arguments: list[str],
     message: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
-    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(name, "1")  # Put back when the test is over.
-    given = [*map(str, common), *arguments, "--out", str(tmp_path / "draft")]
-    assert cli.main(["distill", *given]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("vllm-stairs distill: error: ")
-    assert message in lines[-1]
-    assert len([line for line in lines if "rror" in line]) == 1
+    assert message in refused(*common, *arguments, "--out", tmp_path / "draft")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_is_stored_as_what_differs_and_judged(
+    made: tuple[Path, str],
+    tiny: TinyModels,
+    prompt_file: Path,
+    tmp_path: Path,
+    carried_out: Callable[..., str],
+    refused: Callable[..., str],
+) -> None:
+    out, _ = made
+    delta, draft = tmp_path / "delta", tmp_path / "draft"
+    target = ("--target", tiny.target)
+    carried_out("delta", *target, "--draft", out, "--delta", delta)
+    carried_out("assemble", *target, "--delta", delta, "--out", draft)
+    assert (draft / "README.md").read_text() == (out / "README.md").read_text()
+
+    judged = (
+        "evaluate", "--draft", draft, "--judge-prompts", prompt_file, "--limit", 8,
+        "--judge-tokens", 24, "--generator", "transformers", "--device", "cpu",
+    )  # fmt: skip
+    first, again = carried_out(*judged, *target), carried_out(*judged, *target)
+    assert "| **mean of the groups** |" in first
+    assert first.startswith("8 answers of the target in")
+    assert again == first.split("\n", 1)[1]  # The answers are kept;
+    other = carried_out(*judged, "--target", tiny.noisy)
+    assert other.startswith("8 answers of the target in")  # but another target has its own.
+
+    before = {path: path.read_bytes() for path in tiny.target.iterdir()}
+    assert "not made by" in refused("delta", *target, "--draft", out, "--delta", tiny.target)
+    assert {path: path.read_bytes() for path in tiny.target.iterdir()} == before
+    assert "choose another --out" in refused("train", *target, "--out", delta)
+    assert (delta / "delta.safetensors").is_file()
+    assert "no draft in" in refused("evaluate", *target, "--draft", delta)
+    long = refused(*judged, *target, "--judge-tokens", 600)
+    assert "the target goes up to 512" in long
+
+
+def test_an_on_policy_round_and_given_text(
+    tiny: TinyModels, prompt_file: Path, tmp_path: Path, carried_out: Callable[..., str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(prompt_file.read_text().replace("\n", " "))
+    command = [
+        "--target", tiny.target, "--prompts", prompt_file, "--text", text, "--device", "cpu",
+        "--generator", "transformers", "--tokens", 20_000, "--answer-tokens", 16,
+        "--max-length", 64, "--layers", 2, "--target-dtype", "float32", "--full-precision",
+        "--epochs", 1, "--batch", 64, "--evaluations", 2, "--loss", "kl+tv", "--seed", 3,
+        "--on-policy-rounds", 1, "--out", tmp_path / "draft",
+    ]  # fmt: skip
+    carried_out(*command)
+    work = tmp_path / "draft.work"
+    assert list((work / "data").glob("shard-5*"))  # The given text,
+    assert not list((work / "data-of-draft-1").glob("shard-5*"))  # once.
+    card = " ".join((tmp_path / "draft" / "README.md").read_text().split())
+    assert "of text.txt and that the target wrote to prompts of prompts.txt" in card
+    before = (tmp_path / "draft" / "model.safetensors").read_bytes()
+    assert carried_out(*command).count("the training has ended") == 2
+    assert (tmp_path / "draft" / "model.safetensors").read_bytes() == before
+
+
+def test_a_training_without_a_checkpoint_binds_nobody(
+    made: tuple[Path, str],
+    common: list[object],
+    tmp_path: Path,
+    carried_out: Callable[..., str],
+    refused: Callable[..., str],
+) -> None:
+    """As after running out of memory: the message says to lower what the training depends on."""
+    out, _ = made
+    work = tmp_path / "work"
+    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    (work / "training").mkdir()
+    (work / "training" / "training.json").write_text('{"recipe": {"batch": 512}}')
+    given = ["train", *common, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.05"]
+    carried_out(*given, "--batch", 8)
+    next((work / "data").glob("labels-*")).unlink()
+    assert "no whole data in" in refused(*given, "--batch", 8)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    made: tuple[Path, str], common: list[object], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for a full disk: writing fails halfway."""
+    out, _ = made
+    work = tmp_path / "work"
+    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    command = ["train", *common, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.1"]
+    # More than the weights of a checkpoint, less than the optimizer's state.
+    weights = (out / "model.safetensors").stat().st_size
+    limit = (weights * 5 // 4, weights * 5 // 4)
+    done = distill(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert done.returncode == 2, done.stderr
+    assert "vllm-stairs distill: error: the disk is full\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((work / "training").glob("checkpoint-*"))
+    assert not (tmp_path / "draft").exists()
+    done = distill(*command)
+    assert done.returncode == 0, done.stderr
+
+
+def test_data_inside_the_draft_are_refused(
+    common: list[object], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """The draft's folder is replaced as a whole, and they with it."""
+    out = tmp_path / "draft"
+    for work in (out, out / "work"):
+        assert "--work must lie outside --out" in refused(*common, "--out", out, "--work", work)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_runs_folder_is_refused_and_kept(
-    made: tuple[Path, str], common: list[object], tmp_path: Path
+    made: tuple[Path, str], common: list[object], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     out, _ = made
     work = out.with_name("draft.work")
     before = sorted(str(f) for f in work.rglob("*"))
-    done = distill(*common, "--out", tmp_path / "draft", "--work", work, "--seed", 5)
-    assert done.returncode == 2
-    assert "another run" in done.stderr
-    done = distill("train", *common, "--out", tmp_path / "draft", "--work", work, "--epochs", 1)
-    assert done.returncode == 2
-    assert "training of another run" in done.stderr
+    draft = ["--out", tmp_path / "draft", "--work", work]
+    assert "another run" in refused(*common, *draft, "--seed", 5)
+    assert "training of another run" in refused("train", *common, *draft, "--epochs", 1)
     assert sorted(str(f) for f in work.rglob("*")) == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "file").write_text("mine")
-    done = distill("train", *common, "--out", foreign, "--work", work)
-    assert done.returncode == 2
-    assert "not made by this command" in done.stderr
+    message = refused("train", *common, "--out", foreign, "--work", work)
+    assert "not made by this command" in message
     assert (foreign / "file").read_text() == "mine"

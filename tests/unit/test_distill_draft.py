@@ -557,6 +557,11 @@ def test_a_folder_of_the_users_is_left_alone(delta, target_dir, tmp_path):
         with pytest.raises(DistillError, match="not made by this command"):
             drafts.assemble(delta, target_dir, folder)
         assert sorted(folder.iterdir()) == before
+    for folder in (mine, target_dir):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(DistillError, match="not made by this command"):
+            write_delta(drafts.build(load(target_dir), DraftShape()), target_dir, folder)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 DISK_FULL = [
@@ -585,8 +590,7 @@ def test_a_full_disk_is_one_line_and_destroys_nothing(
         with pytest.raises(DistillError, match="the disk is full: no room for "):
             action()
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert list((tmp_path / "new").iterdir()) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "draft", "new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "draft"]
 
 
 def test_saving_again_leaves_other_files_alone(target, target_dir, tmp_path):

@@ -100,6 +100,12 @@ def mean(groups: Mapping[str, Acceptance]) -> tuple[float, float]:
     )
 
 
+def mean_per_position(groups: Mapping[str, Acceptance]) -> tuple[float, ...]:
+    """:attr:`Acceptance.per_position`, averaged over groups."""
+    shares = [a.per_position for a in groups.values()]
+    return tuple(sum(column) / len(shares) for column in zip(*shares, strict=True))
+
+
 def measure(model: Any, texts: Sequence[Text]) -> dict[str, Acceptance]:
     """Judge a draft.
 

@@ -1,7 +1,6 @@
 """The model card of a draft: what it is, how it was made, what a target keeps of it."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill.acceptance import HEIGHT, Acceptance, mean
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
 
 def table(groups: Mapping[str, Acceptance]) -> str:
     """Acceptance by group, as Markdown."""
+    if not groups:
+        return "Not measured: no greedy conversation was held out."
     positions = " | ".join(f"position {p}" for p in range(1, HEIGHT + 1))
     lines = [
         f"| group | acceptance length (K={HEIGHT}) | {positions} | staircases |",
@@ -43,20 +44,19 @@ def text(
         settings: of the data.
         recipe: of the training.
         written: tokens of the data that were not given.
-        by_group: held-out acceptance of the trained draft.
+        by_group: held-out acceptance of the trained draft; empty: nothing was held out.
         curve: of held-out acceptance over the steps; its first point is the untrained draft.
+            Empty: nothing was held out.
         minutes: of training in the last session.
         model: the draft.
     """
-    name = Path(settings.target).name
+    name = settings.target_name
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    given = settings.prompts
-    source = f"prompts of {given.name}" if given else "prompts it wrote itself"
-    points = "\n".join(
-        f"| {p['step']:.0f} | {p['eval_acceptance']:.3f} | {p['eval_acceptance_length']:.2f} |"
-        for p in curve
-    )
+    prompts = f"of {settings.prompts.name}" if settings.prompts else "it wrote itself"
+    source = f"that the target wrote to prompts {prompts}"
+    if settings.text:
+        source = f"of {settings.text.name}" + (f" and {source}" if settings.tokens else "")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -70,21 +70,33 @@ own `draft_model`, Transformers' assisted generation). By itself it is a poor la
 
 {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {weights:,} weights,
 {trained:,} of them trained; the rest are the target's own. Made by `vllm-stairs distill`
-{__version__} from {written:,} tokens that the target wrote to {source};
+{__version__} from {written:,} tokens {source};
 at most {recipe.epochs:g} passes, loss `{recipe.loss}`, {minutes:.0f} minutes in the last session.
 
 ## Acceptance
 
-On held-out conversations of the training's kind, greedy: share of staircases of K={HEIGHT} whose
-token at each position the target keeps. Untrained: first position
-{curve[0]["eval_acceptance"]:.3f}, acceptance length {curve[0]["eval_acceptance_length"]:.2f}.
-
-{table(by_group)}
-
-| step | first position | acceptance length |
-| --- | --- | --- |
-{points}
+{_judgement(by_group, curve)}
 
 `token_frequencies.safetensors` counts the ids of the training data: a server can trim the
 vocabulary head with it.
 """
+
+
+def _judgement(groups: Mapping[str, Acceptance], curve: Sequence[Mapping[str, float]]) -> str:
+    if not curve:
+        return table(groups)
+    untrained = curve[0]
+    points = "\n".join(
+        f"| {p['step']:.0f} | {p['eval_acceptance']:.3f} | {p['eval_acceptance_length']:.2f} |"
+        for p in curve
+    )
+    return f"""\
+On held-out conversations of the training's kind, greedy: share of staircases of K={HEIGHT} whose
+token at each position the target keeps. Untrained: first position
+{untrained["eval_acceptance"]:.3f}, acceptance length {untrained["eval_acceptance_length"]:.2f}.
+
+{table(groups)}
+
+| step | first position | acceptance length |
+| --- | --- | --- |
+{points}"""

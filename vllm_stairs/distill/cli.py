@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ Interrupted, any of them goes on where it stopped: give the same command again.
 example: vllm-stairs distill --target models/smollm2-135m-instruct --out models/my-draft
          vllm-stairs distill evaluate --target models/smollm2-135m-instruct --draft models/my-draft
 """
+
+LONGEST = 1024
+"""Tokens of a conversation, unless the target or the user says otherwise."""
 
 STAGES = ("run", "data", "train", "evaluate", "delta", "assemble")
 
@@ -38,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     add("--out", type=Path, metavar="DIR", help="the folder that is made")
     add("--work", type=Path, metavar="DIR", help="for data and checkpoints (default: OUT.work)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the data and of the training")
 
     draft = parser.add_argument_group("the draft").add_argument
     draft("--preset", default="shared-2", help="shared-2 (default), shared-3, shared-4: layers of "
@@ -49,17 +53,21 @@ def add_parser(subparsers: Any) -> None:
     draft("--heads", type=int, metavar="N")
     draft("--kv-heads", type=int, metavar="N")
     draft("--intermediate-size", type=int, metavar="N")
+    draft("--tied", action=argparse.BooleanOptionalAction, help="embeddings and head in one "
+          "matrix; default: as in the target, and so it is at the target's width")  # fmt: skip
 
     data = parser.add_argument_group("data").add_argument
     data("--prompts", type=Path, metavar="FILE", help="one a line, or .jsonl with prompt, turns or "
          "messages; default: prompts that the target writes itself")  # fmt: skip
     data("--text", type=Path, metavar="FILE", help="text to learn from as well")
-    data("--tokens", type=int, default=2_000_000, metavar="N", help="that the target writes")
+    data("--tokens", type=int, default=2_000_000, metavar="N",
+         help="that the target writes; 0: --text alone")  # fmt: skip
     data("--generator", choices=("auto", "vllm", "transformers"), default="auto")
     data("--target-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
          help="while it writes and labels; default: bfloat16 where that is fast")  # fmt: skip
     data("--answer-tokens", type=int, default=192, metavar="N")
-    data("--max-length", type=int, default=1024, metavar="N", help="tokens of a conversation")
+    data("--max-length", type=int, metavar="N", help="tokens of a conversation; default: 1024, "
+         "or what the target goes up to")  # fmt: skip
     data("--greedy-share", type=float, default=0.75, metavar="SHARE", help="of the answers")
     data("--keep", type=int, default=16, metavar="K", help="likeliest ids kept at a position")
 
@@ -94,12 +102,17 @@ def run(args: argparse.Namespace) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         _check_packages()
-        return _STAGES[args.stage](args)
+        reporter = _Reporter()
+        try:
+            return _STAGES[args.stage](args, reporter)
+        finally:
+            reporter.close()
     except DistillError as error:
         print(f"vllm-stairs distill: error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if is_disk_full(error):
+        # Of a full disk torch.save says only where in its own source it noticed.
+        if is_disk_full(error) or "inline_container.cc" in str(error):
             print("vllm-stairs distill: error: the disk is full", file=sys.stderr)
             return 2
         raise
@@ -152,19 +165,35 @@ class _Reporter:
             self._bar.start()
         self._bar.update(self._task, completed=done, total=total)
         if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away, and give the terminal its cursor back."""
+        if self._bar.live.is_started:
             self._bar.stop()
+
+
+def _beside(folder: Path) -> Path:
+    """Where the data and checkpoints of a draft's folder go."""
+    return folder.absolute().with_name(f"{folder.absolute().name}.work")
 
 
 def _settings(args: argparse.Namespace) -> Any:
     from vllm_stairs.distill.conversations import Manner
     from vllm_stairs.distill.device import device_of
+    from vllm_stairs.distill.draft import check_supported
     from vllm_stairs.distill.run import Settings
     from vllm_stairs.distill.target import check_target, target_folder
 
-    at_least_one = ("answer_tokens", "keep", "batch", "evaluations")
-    for name, least in (("tokens", 0), *((name, 1) for name in at_least_one)):
-        if getattr(args, name) < least:
-            raise DistillError(f"--{name.replace('_', '-')} must be at least {least}")
+    at_least_one = ("answer_tokens", "keep", "batch", "evaluations", "patience", "judge_tokens")
+    at_least_none = ("tokens", "seed", "on_policy_rounds")
+    for least, names in enumerate((at_least_none, at_least_one)):
+        for name in names:
+            if getattr(args, name) < least:
+                raise DistillError(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in ("epochs", "learning_rate"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise DistillError(f"--{name.replace('_', '-')} must be above 0")
     if not 0 <= args.greedy_share <= 1:
         raise DistillError("--greedy-share is a share: 0 to 1")
     if not 0 < args.head_coverage <= 1:
@@ -174,19 +203,27 @@ def _settings(args: argparse.Namespace) -> Any:
     if args.max_minutes is not None and args.on_policy_rounds:
         # Resumed, the first training would go on, and the rounds had begun with another draft.
         raise DistillError("--max-minutes does not go with --on-policy-rounds")
-    if args.max_length < args.answer_tokens + 32:
-        raise DistillError("--max-length must leave room for a question before the answer")
     args.target = target_folder(args.target)
     config = check_target(args.target)
-    limit = getattr(config, "max_position_embeddings", args.max_length)
+    if args.stage != "evaluate":
+        check_supported(config)
+        if args.keep > config.vocab_size:
+            raise DistillError(f"--keep {args.keep}: the target has {config.vocab_size} ids")
+    limit = getattr(config, "max_position_embeddings", LONGEST)
+    if args.max_length is None:
+        args.max_length = min(LONGEST, limit)
     if args.max_length > limit:
         raise DistillError(f"--max-length {args.max_length}: the target goes up to {limit}")
+    if args.max_length < args.answer_tokens + 32:
+        raise DistillError("--max-length must leave room for a question before the answer")
     device_of(args.device)
-    work = args.work or (args.out and args.out.with_name(f"{args.out.name}.work"))
+    work = args.work or (args.out and _beside(args.out))
     if work is None:
         raise DistillError("--work or --out must say where the data go")
-    if args.tokens == 0 and args.text is None:
-        raise DistillError("--tokens 0 needs --text: there is nothing to learn from")
+    if args.out and work.resolve().is_relative_to(args.out.resolve()):
+        raise DistillError("--work must lie outside --out, which is replaced as a whole")
+    if args.tokens == 0 and (args.text is None or args.on_policy_rounds):
+        raise DistillError("--tokens 0 needs --text, and no --on-policy-rounds: nobody writes")
     return Settings(
         target=args.target,
         work=work,
@@ -215,7 +252,7 @@ def _shape(args: argparse.Namespace) -> Any:
         raise DistillError(f"--preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
     given = {
         name: getattr(args, name)
-        for name in ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
+        for name in ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size", "tied")
         if getattr(args, name) is not None
     }
     if args.from_layers:
@@ -226,31 +263,26 @@ def _shape(args: argparse.Namespace) -> Any:
     return replace(PRESETS[args.preset], **given)
 
 
-def _data(args: argparse.Namespace) -> int:
+def _data(args: argparse.Namespace, reporter: _Reporter) -> int:
     from vllm_stairs.distill.run import make_data
 
-    make_data(_settings(args), _Reporter())
+    make_data(_settings(args), reporter)
     return 0
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace, reporter: _Reporter) -> int:
     from vllm_stairs.distill import card
-    from vllm_stairs.distill.draft import resolve
-    from vllm_stairs.distill.run import MADE_BY, make_data, make_draft
+    from vllm_stairs.distill.draft import MANIFEST_FILE, resolve
+    from vllm_stairs.distill.run import MADE_BY, check_training, make_data, make_draft
     from vllm_stairs.distill.shards import Folder
     from vllm_stairs.distill.target import check_target
 
     out = _required(args, "out")
     check_own(out, MADE_BY, DistillError)
+    if (out / MANIFEST_FILE).is_file():
+        raise DistillError(f"{out} holds what is stored of a draft: choose another --out")
     settings, shape = _settings(args), _shape(args)
     shape = resolve(check_target(settings.target), shape)  # Before hours of writing.
-    reporter = _Reporter()
-    if args.stage == "train":
-        folders = [Folder(settings.work / "data", settings.data_settings)]
-        if not folders[0].indices():
-            raise DistillError(f"no data in {str(settings.work)!r}: run the stage data first")
-    else:
-        folders = [make_data(settings, reporter)]
     from vllm_stairs.distill.training import Recipe
 
     recipe = Recipe(
@@ -265,6 +297,14 @@ def _train(args: argparse.Namespace) -> int:
         head_coverage=args.head_coverage,
         max_minutes=args.max_minutes,
     )
+    check_training(settings, shape, recipe)
+    if args.stage == "train":
+        data = Folder(settings.work / "data", settings.data_settings)
+        if not data.indices() or not all(data.labels_file(i).is_file() for i in data.indices()):
+            raise DistillError(f"no whole data in {str(settings.work)!r}: run the stage data first")
+    else:
+        data = make_data(settings, reporter)
+    folders = [data]
     found = make_draft(settings, shape, recipe, folders, out, reporter)
     for number in range(1, args.on_policy_rounds + 1):
         folders.append(
@@ -279,15 +319,12 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace, reporter: _Reporter) -> int:
     from vllm_stairs.distill import card
     from vllm_stairs.distill.run import evaluate, greedy_texts
 
-    draft = _required(args, "draft")
-    args.work = args.work or draft.with_name(f"{draft.name}.work")
-    if not (draft / "config.json").is_file():
-        raise DistillError(f"no draft in {str(draft)!r}")
-    reporter = _Reporter()
+    draft = _draft(args)
+    args.work = args.work or _beside(draft)
     texts = greedy_texts(
         _settings(args),
         args.judge_prompts,
@@ -299,22 +336,22 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _delta(args: argparse.Namespace) -> int:
+def _delta(args: argparse.Namespace, _: _Reporter) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
     from vllm_stairs.distill.draft import (
+        MANIFEST_FILE,
         DraftShape,
         freeze,
         frozen_names,
         save_delta,
         target_fingerprint,
     )
-    from vllm_stairs.distill.target import check_target
+    from vllm_stairs.distill.target import check_target, target_folder
 
-    folder, target = _required(args, "draft"), Path(args.target)
-    if not (folder / "config.json").is_file():
-        raise DistillError(f"no draft in {str(folder)!r}")
+    folder, target = _draft(args), Path(target_folder(args.target))
+    check_own(_required(args, "delta"), MANIFEST_FILE, DistillError)
     draft = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     hidden, theirs = draft.config.hidden_size, check_target(str(target)).hidden_size
     shape = DraftShape(
@@ -331,11 +368,20 @@ def _delta(args: argparse.Namespace) -> int:
     return 0
 
 
-def _assemble(args: argparse.Namespace) -> int:
+def _assemble(args: argparse.Namespace, _: _Reporter) -> int:
     from vllm_stairs.distill.draft import assemble
+    from vllm_stairs.distill.target import target_folder
 
-    assemble(_required(args, "delta"), Path(args.target), _required(args, "out"))
+    target = Path(target_folder(args.target))
+    assemble(_required(args, "delta"), target, _required(args, "out"))
     return 0
+
+
+def _draft(args: argparse.Namespace) -> Path:
+    folder = _required(args, "draft")
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        raise DistillError(f"no draft in {str(folder)!r}: config.json or model.safetensors missing")
+    return folder
 
 
 def _required(args: argparse.Namespace, name: str) -> Path:

@@ -40,10 +40,10 @@ class Wording:
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+        beginning = tuple(tokenizer("")["input_ids"]) or (tokenizer.bos_token_id,)
+        if beginning == (None,):  # Something must stand before the first token.
+            beginning = ids("\n")
         if not tokenizer.chat_template:
-            beginning = tuple(tokenizer("")["input_ids"]) or (tokenizer.bos_token_id,)
-            if beginning == (None,):  # Something must stand before the first token.
-                beginning = ids("\n")
             return cls(beginning, (), ids("\n"))
         marks = ["USERSAYSONE", "ANSWERSAYSTWO", "USERSAYSTHREE"]
         roles = ["user", "assistant", "user"]
@@ -61,7 +61,7 @@ class Wording:
                 "the chat template of the target does not show a plain conversation "
                 f"({type(error).__name__}): only templates that show every text as it is will do"
             ) from None
-        return cls(ids(before), ids(to_answer), ids(to_user))
+        return cls(ids(before) or beginning, ids(to_answer), ids(to_user))
 
 
 @dataclass
@@ -79,12 +79,19 @@ class Talk:
     """What the user said last."""
     end: int | None = None
     """The end-of-text token of the last answer, if it came to its end."""
-    dropped: bool = False
+    answered: int = 0
+    """Tokens up to the last word of the last answer."""
+    over: bool = False
 
     def add(self, tokens: Sequence[int], origin: int) -> None:
         """Append tokens of one origin."""
         self.tokens += tokens
         self.origin += [origin] * len(tokens)
+
+    def break_off(self) -> None:
+        """Take back what came after the last answer: nothing follows it."""
+        del self.tokens[self.answered :], self.origin[self.answered :]
+        self.over = True
 
 
 @dataclass(frozen=True)
@@ -132,12 +139,10 @@ def converse(
         speaking = [t for t in talks if turn < len(t.seed.turns) and _may_go_on(t, turn, manner)]
         _let_users_speak(speaking, turn, generator, tokenizer, wording, manner, seed)
         for talk in speaking:
-            if not may_use(tokenizer.decode(talk.user_text)):
-                talk.dropped = turn == 0
-                talk.user_text, talk.end = [], None  # Nothing is said after it.
-        answering = [t for t in speaking if not t.dropped and t.user_text]
-        _let_target_answer(answering, generator, wording, manner, seed)
-    talks = [t for t in talks if not t.dropped and any(t.origin)]
+            if not talk.user_text or not may_use(tokenizer.decode(talk.user_text)):
+                talk.break_off()
+        _let_target_answer([t for t in speaking if not t.over], generator, wording, manner, seed)
+    talks = [t for t in talks if any(t.origin)]
     for talk in talks:
         _finish(talk)
     return talks
@@ -155,7 +160,7 @@ def _begin(seed: Seed, manner: Manner, number: int) -> Talk:
 
 
 def _may_go_on(talk: Talk, turn: int, manner: Manner) -> bool:
-    return not talk.dropped and (turn == 0 or talk.end is not None)
+    return not talk.over and (turn == 0 or talk.end is not None)
 
 
 def _let_users_speak(
@@ -167,7 +172,7 @@ def _let_users_speak(
     manner: Manner,
     seed: int,
 ) -> None:
-    """Append what the users say; a text that is no request takes its conversation's turn away."""
+    """Append what the users say; a text that is no request breaks its conversation off."""
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -191,8 +196,7 @@ def _let_users_speak(
     for talk, written in zip(writers, generator.write(requests), strict=True):
         words = written.tokens
         if len(words) < SHORTEST_REQUEST or len(set(words)) < FEWEST_DISTINCT * len(words):
-            talk.dropped, talk.user_text = turn == 0, []
-            talk.end = None
+            talk.user_text = []
             continue
         talk.add(words, SAMPLED)
         talk.user_text = [*talk.user_text, *words]
@@ -209,15 +213,16 @@ def _let_target_answer(
     requests, writers = [], []
     for talk in talks:
         talk.add(wording.before_answer, GIVEN)
-        talk.end = None
         room = manner.max_length - len(talk.tokens)
-        if room > 0:
-            at_most = min(manner.answer_tokens, room)
-            requests.append(_request(talk, at_most, talk.temperature, talk.past_the_end, seed))
-            writers.append(talk)
+        if room <= 0:
+            talk.break_off()
+            continue
+        at_most = min(manner.answer_tokens, room)
+        requests.append(_request(talk, at_most, talk.temperature, talk.past_the_end, seed))
+        writers.append(talk)
     for talk, written in zip(writers, generator.write(requests), strict=True):
         talk.add(written.tokens, GREEDY if talk.greedy else SAMPLED)
-        talk.end = written.end
+        talk.end, talk.answered = written.end, len(talk.tokens)
 
 
 def _finish(talk: Talk) -> None:

@@ -53,7 +53,7 @@ def limited_memory(advice: str) -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise DistillError(f"out of memory: {advice}") from None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "DefaultCPUAllocator" in str(error):
+    except (OSError, RuntimeError) as error:  # "can't" of an allocator, "Cannot" of the system.
+        if "allocate memory" in str(error):
             raise DistillError(f"out of memory: {advice}") from None
         raise

@@ -49,6 +49,8 @@ DELTA_FILE = "delta.safetensors"
 MANIFEST_FILE = "delta.json"
 ASSEMBLED_FILE = "assembled.json"
 """The manifest of the delta from which a folder was assembled."""
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+"""A model's folder without any of them has no tokenizer."""
 EXTRA_FILES = (FREQUENCIES_FILE, "README.md", "distill.json")
 """What lies beside a draft's weights, where there is any."""
 FORMAT = 1
@@ -491,15 +493,15 @@ def save_delta(
 
     Args:
         draft: what is frozen in it (:func:`freeze`) is left out.
-        folder: is made if it is not there.
+        folder: appears whole or not at all, and replaces only what this function made.
         target_name: for the reader.
         target_fingerprint: from the function of that name, for :func:`frozen_names`.
         dtype: of the trained weights; None: bfloat16.
         extras_from: a folder whose :data:`EXTRA_FILES` are copied, where it has them.
 
     Raises:
-        DistillError: nothing is frozen, the frozen weights are not the target's, or the folder
-            cannot be written.
+        DistillError: nothing is frozen, the frozen weights are not the target's, or ``folder``
+            cannot be written or is something else.
     """
     import torch
 
@@ -516,22 +518,20 @@ def save_delta(
     trained = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
     config = _config_values(draft)
     config.pop("dtype", None)  # the target's, when it is assembled
-    with writing(folder, DistillError):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        _write_tensors(folder / DELTA_FILE, trained, dtype)
-        _write_json(folder / "config.json", config)
+    with new_folder(folder, MANIFEST_FILE, DistillError) as partial:
+        _write_tensors(partial / DELTA_FILE, trained, dtype)
+        _write_json(partial / "config.json", config)
         if extras_from is not None:
-            _copy_extras(extras_from, folder)
+            _copy_extras(extras_from, partial)
         _write_json(
-            folder / MANIFEST_FILE,
+            partial / MANIFEST_FILE,
             {
                 "format": FORMAT,
                 "target": target_name,
                 "target_fingerprint": target_fingerprint,
                 "from_target": sorted(taken),
                 "dtype": str(dtype).removeprefix("torch."),
-                "sha256": {name: _hash_of(folder / name) for name in _HASHED_FILES},
+                "sha256": {name: _hash_of(partial / name) for name in _HASHED_FILES},
                 "vllm_stairs": __version__,
             },
         )
@@ -606,7 +606,7 @@ def _read_manifest(delta_dir: Path) -> dict[str, Any]:
 def _check_target(target_dir: Path) -> None:
     if not (target_dir / "config.json").is_file():
         raise DistillError(f"the target {target_dir} is missing or incomplete: no config.json")
-    if not any((target_dir / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+    if not any((target_dir / name).is_file() for name in VOCABULARY_FILES):
         raise DistillError(f"the target {target_dir} has no tokenizer (tokenizer.json)")
 
 
@@ -647,5 +647,5 @@ def _hash_of(file: Path) -> str:
 
 def _copy_extras(source: Path, destination: Path) -> None:
     for name in EXTRA_FILES:
-        if (source / name).is_file() and source.resolve() != destination.resolve():
+        if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)

@@ -2,11 +2,16 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.distill.errors import DistillError, first_line
+from vllm_stairs.distill.watch import watched
+
+LESS_MEMORY = "lower --max-length, or give --target-dtype bfloat16"
+"""What helps when memory is too small for the target to write."""
 
 BATCH = 96
 """Requests written at once; more saves little on a CPU and takes memory for their KV caches."""
@@ -54,6 +59,9 @@ def start(kind: str, model: str, *, dtype: str, max_length: int, device: str) ->
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         max_length: tokens of the longest text, prompt included.
         device: ``cpu`` or ``cuda``.
+
+    Raises:
+        DistillError: vLLM is not installed, or does not start.
     """
     if kind == "auto":
         kind = "vllm" if importlib.util.find_spec("vllm") else "transformers"
@@ -74,14 +82,16 @@ class VllmGenerator:
             memory["kv_cache_memory_bytes"] = _kv_bytes(model, dtype) * max_length * BATCH
         from vllm import LLM
 
-        self._llm = LLM(
-            model=model,
-            dtype=dtype,
-            max_model_len=max_length,
-            max_num_seqs=BATCH,
-            disable_log_stats=True,
-            **memory,
-        )
+        self._watch = watched()
+        with _said_in_one_line("start"):
+            self._llm = LLM(
+                model=model,
+                dtype=dtype,
+                max_model_len=max_length,
+                max_num_seqs=BATCH,
+                disable_log_stats=True,
+                **memory,
+            )
 
     def write(self, requests: Sequence[Request]) -> list[Written]:
         """See :class:`Generator`."""
@@ -89,19 +99,20 @@ class VllmGenerator:
             return []
         from vllm import SamplingParams
 
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(r.tokens)} for r in requests],
-            [
-                SamplingParams(
-                    temperature=r.temperature,
-                    max_tokens=r.write_at_most,
-                    ignore_eos=r.past_the_end,
-                    detokenize=False,
-                )
-                for r in requests
-            ],
-            use_tqdm=False,
-        )
+        with _said_in_one_line("go on"):
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(r.tokens)} for r in requests],
+                [
+                    SamplingParams(
+                        temperature=r.temperature,
+                        max_tokens=r.write_at_most,
+                        ignore_eos=r.past_the_end,
+                        detokenize=False,
+                    )
+                    for r in requests
+                ],
+                use_tqdm=False,
+            )
         written = []
         for output in outputs:
             completion = output.outputs[0]
@@ -113,6 +124,26 @@ class VllmGenerator:
     def close(self) -> None:
         """End vLLM's processes."""
         self._llm.llm_engine.engine_core.shutdown()
+        self._watch.terminate()
+        self._watch.wait()
+
+
+@contextmanager
+def _said_in_one_line(what: str) -> Iterator[None]:
+    """vLLM's processes say what happened to them; to this one they are only gone.
+
+    Raises:
+        DistillError: they are.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except (EngineDeadError, RuntimeError, ValueError) as error:
+        raise DistillError(
+            f"vLLM could not {what}: its own lines above say why ({first_line(error)}). "
+            f"Where memory is short, {LESS_MEMORY}"
+        ) from error
 
 
 def _prepare_cpu() -> None:
@@ -144,7 +175,7 @@ class TransformersGenerator:
 
     def __init__(self, model: str, *, dtype: str, device: str) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self._device = device
         self._model: Any = (
@@ -154,6 +185,8 @@ class TransformersGenerator:
         )
         eos = self._model.generation_config.eos_token_id
         self._eos = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
+        # What a model's makers recommend (penalties, top-k) would have a part in greedy text too.
+        self._model.generation_config = GenerationConfig(eos_token_id=eos)
 
     def write(self, requests: Sequence[Request]) -> list[Written]:
         """See :class:`Generator`."""

@@ -93,18 +93,28 @@ def _likeliest(
     """
     import torch
 
-    logits = model.lm_head(hidden).float()
-    soft_cap = getattr(model.config, "final_logit_softcapping", None)
-    scale = getattr(model.config, "logits_scaling", None)
-    if soft_cap or scale:  # Left as they are: what follows would have to repeat them.
-        logits = logits / scale if scale else logits
-        logits = torch.tanh(logits / soft_cap) * soft_cap if soft_cap else logits
+    logits = finished(model.lm_head(hidden).float(), model.config)
     normaliser = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(k, dim=-1)
-    if not (soft_cap or scale):
-        weight = model.lm_head.weight[ids].float()  # [rows, k, hidden size]
-        values = torch.einsum("rkh,rh->rk", weight, hidden.float())
-        values, order = values.sort(dim=-1, descending=True)
-        ids = ids.gather(-1, order)
+    ids = logits.topk(k, dim=-1).indices
+    weight = model.lm_head.weight[ids].float()  # [rows, k, hidden size]
+    values = finished(torch.einsum("rkh,rh->rk", weight, hidden.float()), model.config)
+    values, order = values.sort(dim=-1, descending=True)
+    ids = ids.gather(-1, order)
     log_probabilities = (values - normaliser).clamp(max=0.0)
     return ids.int().cpu().numpy(), log_probabilities.half().cpu().numpy()
+
+
+def finished(logits: Any, config: Any) -> Any:
+    """What some types do to the head's output: Granite scales it, Gemma 2 caps it softly.
+
+    Args:
+        logits: of any shape.
+        config: the model's.
+    """
+    import torch
+
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits

@@ -50,7 +50,7 @@ class Settings:
         Raises:
             DistillError: the prompts or the text cannot be read.
         """
-        return {
+        found: dict[str, Any] = {
             "version": 1,
             "target": describe_model(self.target)["weights_hash"],
             "prompts": hash_of(self.prompts),
@@ -58,6 +58,18 @@ class Settings:
             "manner": asdict(self.manner),
             "seed": self.seed,
         }
+        if self.keep != Settings.keep:  # Where it is not, as in data begun before it counted.
+            found["keep"] = self.keep
+        return found
+
+    @property
+    def target_name(self) -> str:
+        """For the reader: the folder's name, or the id of a model that a hub's cache holds."""
+        folder = Path(self.target).absolute()
+        cached = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and cached.startswith("models--"):
+            return cached.removeprefix("models--").replace("--", "/")
+        return folder.resolve().name
 
 
 def hash_of(path: Path | None) -> str | None:

@@ -53,7 +53,7 @@ class Folder:
 
     Args:
         path: is made if it is not there.
-        settings: how the data are made; a folder made otherwise is refused.
+        settings: how the data are made; a folder with shards made otherwise is refused.
 
     Raises:
         DistillError: the folder holds the data of other settings.
@@ -61,7 +61,9 @@ class Folder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        check_same_run(path / SETTINGS_FILE, settings, "the data")
+        self.of_target = "writer" not in settings
+        """Whether the target wrote the texts: then what is greedy in them is the target's best."""
+        check_same_run(path / SETTINGS_FILE, settings, "the data", begun=bool(self.indices()))
 
     def file(self, index: int) -> Path:
         """Of shard ``index``, whether it is there or not."""
@@ -165,30 +167,72 @@ def save_arrays(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_same_run(file: Path, settings: Mapping[str, Any], what: str) -> None:
+def save_json(file: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file beside its place, in a folder that is made if need be, then rename it.
+
+    Args:
+        file: its place.
+        value: its content.
+        indent: as in :func:`json.dumps`.
+
+    Raises:
+        DistillError: the disk is full, or the place cannot be written.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file, DistillError):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DistillError(f"{str(file.parent)!r} is no folder") from None
+        try:
+            partial.write_text(json.dumps(value, indent=indent) + "\n")
+            partial.rename(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_same_run(file: Path, settings: Mapping[str, Any], what: str, *, begun: bool) -> None:
     """Note in a folder what its contents depend on; refuse to go on there with anything else.
 
     Args:
-        file: JSON; is written, and its folder made, if it is not there.
+        file: JSON; is written if it is not there, or if there are no contents yet.
         settings: what the contents depend on.
         what: they are, for the message.
+        begun: whether there are contents.
 
     Raises:
         DistillError: the folder was begun with other settings, or cannot be written.
     """
     wanted = json.loads(json.dumps(dict(settings)))
+    found = different_settings(file, wanted) if begun else None
+    if found:
+        raise DistillError(another_run(file.parent, what, found))
+    if found is None:
+        save_json(file, wanted)
+
+
+def another_run(folder: Path, what: str, different: Sequence[str]) -> str:
+    """The message that a folder is another run's."""
+    return (
+        f"{str(folder)!r} holds {what} of another run (different: {', '.join(different)}): "
+        "move it away, choose another --work folder, or give the same settings"
+    )
+
+
+def different_settings(file: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """Names of the settings that a folder was not begun with; None if it was not begun.
+
+    Raises:
+        DistillError: ``file`` is damaged.
+    """
     if not file.is_file():
-        with writing(file, DistillError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(wanted, indent=2) + "\n")
-        return
-    found = json.loads(file.read_text())
-    different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-    if different:
-        raise DistillError(
-            f"{str(file.parent)!r} holds {what} of another run (different: "
-            f"{', '.join(different)}): choose another --work folder, or the same settings"
-        )
+        return None
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise DistillError(f"{str(file)!r} is damaged: move its folder away") from None
+    wanted = json.loads(json.dumps(dict(settings)))
+    return sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
 
 
 def _name(tokens: Sequence[int]) -> bytes:

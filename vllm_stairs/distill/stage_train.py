@@ -5,14 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.device import device_of, limited_memory
 from vllm_stairs.distill.draft import DraftShape
 from vllm_stairs.distill.errors import DistillError
 from vllm_stairs.distill.settings import Reporter, Settings, hash_of
-from vllm_stairs.distill.shards import Folder, check_same_run
+from vllm_stairs.distill.shards import Folder, another_run, check_same_run, different_settings
 from vllm_stairs.folders import new_folder
 from vllm_stairs.proposer.vocabulary import save_frequencies
 
@@ -24,6 +24,31 @@ MADE_BY = "distill.json"
 
 TRAINING_FILE = "training.json"
 """Beside the checkpoints: what the training depends on."""
+
+
+def check_training(settings: Settings, shape: DraftShape, recipe: "Recipe") -> None:
+    """Refuse a training that :func:`make_draft` would refuse, before the data are written for it.
+
+    Raises:
+        DistillError: there are checkpoints, and they are of another training.
+    """
+    from vllm_stairs.distill import training
+
+    work = settings.work / "training"
+    if training.last_checkpoint(work) is None:
+        return
+    chosen = _chosen(settings, shape, recipe)
+    found = different_settings(work / TRAINING_FILE, chosen) or []
+    if not chosen.keys().isdisjoint(found):
+        raise DistillError(another_run(work, "the training", sorted(chosen.keys() & {*found})))
+
+
+def _chosen(settings: Settings, shape: DraftShape, recipe: "Recipe") -> dict[str, Any]:
+    return {
+        "target": settings.data_settings["target"],
+        "shape": asdict(shape),
+        "recipe": recipe.identity(),
+    }
 
 
 def make_draft(
@@ -63,17 +88,19 @@ def make_draft(
 
     work = settings.work / name
     data = [folder.fingerprint() for folder in folders]
+    begun = training.last_checkpoint(work) is not None
     check_same_run(
         work / TRAINING_FILE,
         {
-            "target": settings.data_settings["target"],
-            "shape": asdict(shape),
-            "recipe": recipe.identity(),
+            **_chosen(settings, shape, recipe),
             "data": data,
             "start_from": hash_of(start_from / "model.safetensors") if start_from else None,
         },
         "the training",
+        begun=begun,
     )
+    if not begun:
+        (work / training.CURVE_FILE).unlink(missing_ok=True)  # It may be another shape's.
     torch.manual_seed(recipe.seed)
     with limited_memory("lower --batch, --max-length, or choose a smaller preset"):
         target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=torch.float32)
@@ -111,7 +138,7 @@ def make_draft(
         (folder / MADE_BY).write_text(
             json.dumps(
                 {
-                    "target": Path(settings.target).name,
+                    "target": settings.target_name,
                     "data": settings.data_settings,
                     "shape": asdict(shape),
                     "recipe": asdict(recipe),

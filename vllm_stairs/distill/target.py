@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_stairs.distill.device import device_of, dtype_of
-from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.distill.draft import SUPPORTED, VOCABULARY_FILES
+from vllm_stairs.distill.errors import DistillError, first_line
 from vllm_stairs.distill.settings import Settings
 
 
@@ -17,6 +18,8 @@ def target_folder(target: str) -> str:
     """
     if Path(target).is_dir():
         return target
+    if target.startswith(("/", ".", "~")) or target.count("/") > 1:  # No id of a hub.
+        raise DistillError(f"no target {target!r}: there is no such folder")
     try:
         from huggingface_hub import snapshot_download
 
@@ -24,7 +27,7 @@ def target_folder(target: str) -> str:
             target, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
         )
     except Exception as error:
-        raise DistillError(f"no target {target!r}: {_first_line(error)}") from None
+        raise DistillError(f"no target {target!r}: {first_line(error)}") from None
 
 
 @functools.cache
@@ -32,15 +35,26 @@ def check_target(target: str) -> Any:
     """The target's configuration.
 
     Raises:
-        DistillError: there is no such model, or it has no tokenizer.
+        DistillError: there is no such model, it has no tokenizer or no weights, or Transformers
+            does not know its type.
     """
     from transformers import AutoConfig
 
+    if not (Path(target) / "config.json").is_file():
+        raise DistillError(f"no target {target!r}: no config.json there")
     try:
-        config = AutoConfig.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise DistillError(f"no target {target!r}: {_first_line(error)}") from None
+        # Nobody is asked whether a model's own code may run: no draft is made of such types.
+        config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+    except OSError as error:
+        raise DistillError(f"no target {target!r}: {first_line(error)}") from None
+    except (KeyError, ValueError):
+        raise DistillError(
+            f"the target {target!r} is of a type that Transformers does not know; these work: "
+            f"{', '.join(SUPPORTED)}"
+        ) from None
     load_tokenizer(target)
+    if not any(any(Path(target).glob(f"*.{kind}")) for kind in ("safetensors", "bin")):
+        raise DistillError(f"the target {target!r} has no weights (model.safetensors)")
     return config
 
 
@@ -53,11 +67,14 @@ def load_tokenizer(target: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # Asked for a tokenizer that is not there, Transformers makes one that knows three tokens.
+    if not any((Path(target) / name).is_file() for name in VOCABULARY_FILES):
+        raise DistillError(f"no tokenizer with the target {target!r} (tokenizer.json)")
     try:
         return AutoTokenizer.from_pretrained(target)
     except Exception as error:
         raise DistillError(
-            f"no tokenizer with the target {target!r}: {_first_line(error)}"
+            f"no tokenizer with the target {target!r}: {first_line(error)}"
         ) from None
 
 
@@ -69,7 +86,3 @@ def load_target(settings: Settings) -> Any:
     device = device_of(settings.device)
     dtype = getattr(torch, dtype_of(settings.dtype, device))
     return AutoModelForCausalLM.from_pretrained(settings.target, dtype=dtype).to(device).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

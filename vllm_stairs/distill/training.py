@@ -11,22 +11,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.acceptance import Acceptance, Text
 from vllm_stairs.distill.batching import padded
 from vllm_stairs.distill.conversations import GREEDY
-from vllm_stairs.distill.labels import Labels
+from vllm_stairs.distill.device import fast_bfloat16
+from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.distill.labels import Labels, finished
 from vllm_stairs.distill.losses import distance
-from vllm_stairs.distill.shards import Folder, Shard
+from vllm_stairs.distill.shards import Folder, Shard, save_json
 from vllm_stairs.proposer.vocabulary import covering_ids
 
 COMMON = 0.97
 """The most frequent ids that make up this share of the data take part in every step."""
 LIKELY = 1e-3
 """Probability above which an id takes part in the step in which the target gives it that."""
+CURVE_FILE = "curve.json"
+"""Beside the checkpoints: the acceptance over the steps."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,7 @@ class DraftTrainer(Trainer):
             inputs["ids"], inputs["log_probabilities"], self.common, len(self.head_ids)
         )
         logits = torch.nn.functional.linear(chosen, model.lm_head.weight[self.head_ids[columns]])
+        logits = finished(logits.float(), model.config)
         found: torch.Tensor = distance(self.loss_kind, logits, ids, inputs["log_probabilities"])
         return found
 
@@ -199,10 +210,11 @@ class DraftTrainer(Trainer):
         figures = {"eval_acceptance": first, "eval_acceptance_length": length}
         step, steps = self.state.global_step, self.args.max_steps
         self.curve.append({"step": step, **figures})
-        self.curve_file.write_text(json.dumps(self.curve, indent=1) + "\n")
+        save_json(self.curve_file, self.curve)
+        positions = ", ".join(f"{share:.3f}" for share in acceptance.mean_per_position(by_group))
         self.say(
-            f"step {step} of {steps} ({step / steps:.0%}): held-out first-position acceptance "
-            f"{first:.3f}, acceptance length at K={acceptance.HEIGHT} {length:.2f}"
+            f"step {step} of {steps} ({step / steps:.0%}): held-out acceptance by position "
+            f"{positions}, acceptance length at K={acceptance.HEIGHT} {length:.2f}"
         )
         self.log(dict(figures))
         self.control = self.callback_handler.on_evaluate(
@@ -211,11 +223,21 @@ class DraftTrainer(Trainer):
         return figures
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return LengthGroupedSampler(
-            self.args.train_batch_size,
-            lengths=self.lengths,
-            generator=torch.Generator().manual_seed(self.args.seed),
-        )
+        return Order(self.args.train_batch_size, self.lengths, self.args.seed)
+
+
+class Order(LengthGroupedSampler):
+    """Conversations of like length together, in an order that the epoch alone decides: the same
+    one in a run that is gone on with."""
+
+    def __init__(self, batch: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch, lengths=lengths)
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before an epoch by accelerate."""
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
 
 
 class TimeLimit(TrainerCallback):
@@ -233,14 +255,15 @@ class TimeLimit(TrainerCallback):
         """Called by the trainer."""
         if time.monotonic() - self._started >= 60 * self._minutes:
             self._say(f"stopping after {self._minutes:g} minutes, at step {state.global_step}")
-            control.should_evaluate = control.should_save = control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = control.should_training_stop = True
 
 
 def held_out_texts(folders: Sequence[Folder], at_most: int = 400) -> list[Text]:
-    """The greedy conversations that are never trained on."""
+    """The target's greedy conversations that are never trained on."""
     texts = []
     for folder in folders:
-        for shard in folder.shards():
+        for shard in folder.shards() if folder.of_target else ():
             for number in np.flatnonzero(shard.held_out).tolist():
                 place = shard.conversation(number)
                 greedy = shard.origin[place] == GREEDY
@@ -266,8 +289,34 @@ def trained_ids(counts: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.i
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last complete one: the trainer writes its state last."""
-    found = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda f: int(f.name.split("-")[1]), default=None)
+    found = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json") if _whole(f)]
+    return max(found, key=_step, default=None)
+
+
+def _whole(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except ValueError:  # The disk was full, or the trainer killed.
+        return False
+    return True
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def evaluations_without_gain(curve: Sequence[Mapping[str, float]], every: int) -> int:
+    """How many evaluations there were after the best one.
+
+    Args:
+        curve: its first point is the untrained draft and does not count.
+        every: steps from one evaluation to the next; those at a limit of time do not count.
+    """
+    trained = curve[1:]
+    if not trained:
+        return 0
+    lengths = [point["eval_acceptance_length"] for point in trained]
+    return sum(p["step"] % every == 0 for p in trained[lengths.index(max(lengths)) + 1 :])
 
 
 def train(
@@ -282,6 +331,9 @@ def train(
 ) -> tuple[dict[str, Acceptance], list[dict[str, float]]]:
     """Train ``draft`` in place; goes on from the last checkpoint in ``work``.
 
+    Without a greedy conversation that is held out, nothing is measured: the training does not stop
+    early, and its last state is the draft.
+
     Args:
         draft: the model; parameters that do not require gradients stay.
         folders: the data.
@@ -294,8 +346,13 @@ def train(
     Returns:
         The held-out acceptance of the best state, by group, and the curve of it over the steps,
         beginning with the untrained draft.
+
+    Raises:
+        DistillError: there is nothing to learn from.
     """
     examples = Examples(folders)
+    if not len(examples):
+        raise DistillError("nothing to learn from: no conversation was kept, give other prompts")
     held_out = held_out_texts(folders)
     head_ids = torch.from_numpy(trained_ids(counts, recipe.head_coverage))
     column = torch.full((draft.config.vocab_size,), -1)
@@ -312,14 +369,14 @@ def train(
         weight_decay=0.01,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        bf16=recipe.mixed_precision,
+        bf16=recipe.mixed_precision and (device == "cuda" or fast_bfloat16()),
         use_cpu=device == "cpu",
-        eval_strategy="steps",
+        eval_strategy="steps" if held_out else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=bool(held_out),
         metric_for_best_model="eval_acceptance_length",
         greater_is_better=True,
         logging_steps=max(1, every // 4),
@@ -329,7 +386,10 @@ def train(
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
-    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(recipe.patience)]
+    if arguments.n_gpu > 1:  # Else the trainer would split batches among all devices.
+        arguments._n_gpu = 1
+    stopper = EarlyStoppingCallback(recipe.patience)
+    callbacks: list[TrainerCallback] = [stopper] if held_out else []
     if recipe.max_minutes is not None:
         callbacks.append(TimeLimit(recipe.max_minutes, say))
     trainer = DraftTrainer(
@@ -344,22 +404,45 @@ def train(
         loss=recipe.loss,
         held_out=held_out,
         lengths=examples.lengths(),
-        curve_file=work / "curve.json",
+        curve_file=work / CURVE_FILE,
         say=say,
     )
     say(
         f"training on {len(examples)} conversations, {steps} steps, {len(head_ids)} of "
         f"{draft.config.vocab_size} ids; held out: {len(held_out)}"
     )
+    if not held_out:
+        say("no greedy conversation is held out: nothing is measured, the last state is the draft")
     checkpoint = last_checkpoint(work)
     if checkpoint is not None:
-        done = int(checkpoint.name.split("-")[1])
-        say(f"going on from step {done}")
-        if trainer.curve_file.is_file():
+        done = _step(checkpoint)
+        if held_out and trainer.curve_file.is_file():
             points = json.loads(trainer.curve_file.read_text())
             trainer.curve = [point for point in points if point["step"] <= done]
-    if not trainer.curve:
+        without_gain = evaluations_without_gain(trainer.curve, every)
+        if done >= steps or without_gain >= recipe.patience:
+            say(f"the training has ended, at step {done}")
+            _load_best(draft, checkpoint)
+            return acceptance.measure(draft, held_out), trainer.curve
+        say(f"going on from step {done}")
+        stopper.early_stopping_patience_counter = without_gain
+    if held_out and not trainer.curve:
         trainer.evaluate()  # Untrained: the checkpoint is loaded below.
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = acceptance.measure(trainer.model, held_out)
     return best, trainer.curve
+
+
+def _load_best(draft: Any, last: Path) -> None:
+    """Load the best state that an ended training has kept; its last one if none was judged.
+
+    Args:
+        draft: is loaded into.
+        last: checkpoint.
+    """
+    step = json.loads((last / "trainer_state.json").read_text())["best_global_step"]
+    best = last.with_name(f"checkpoint-{step}")
+    folder = best if best.is_dir() else last
+    draft.load_state_dict(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    )

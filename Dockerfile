@@ -9,9 +9,9 @@ ARG VLLM_VERSION=0.32.0
 FROM vllm/vllm-openai:v${VLLM_VERSION}
 
 COPY . /src/vllm-stairs
-# --no-deps: torch, vllm and transformers are the image's. Ray is added only where it is missing.
+# --no-deps: torch, vllm and transformers are the image's. Ray is added only where it is missing or too old.
 RUN pip install --no-cache-dir --no-deps /src/vllm-stairs \
-    && (python3 -c 'import ray' 2>/dev/null || pip install --no-cache-dir 'ray>=2.48') \
+    && pip install --no-cache-dir 'ray>=2.52' \
     && rm -rf /src/vllm-stairs
 
 # vLLM's image already has ENTRYPOINT ["vllm", "serve"].

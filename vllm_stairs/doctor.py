@@ -11,7 +11,8 @@ from pathlib import Path
 
 from vllm_stairs.engine import contract, cpu
 from vllm_stairs.engine.contract import distribution_version
-from vllm_stairs.versions import VLLM_READ, VLLM_RUN, __version__
+from vllm_stairs.placement import cluster
+from vllm_stairs.versions import RAY_OLDEST, VLLM_READ, VLLM_RUN, __version__
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,11 @@ def _platform() -> Iterator[Finding]:
 
 def _ray() -> Iterator[Finding]:
     version = distribution_version("ray")
+    is_fine = version is not None and not cluster.is_too_old(version)
     yield Finding(
         "ray",
         version or "not installed",
-        "" if version else "pip install ray (needed to place the draft on its own device)",
+        ""
+        if is_fine
+        else f"pip install 'ray>={RAY_OLDEST}' (needed to place the draft on its own device)",
     )

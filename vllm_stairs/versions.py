@@ -12,3 +12,6 @@ VLLM_RUN = "0.32"
 VLLM_READ = "0.33"
 """The newest minor release whose sources were checked against the contract in
 :mod:`vllm_stairs.engine.contract`, without being run."""
+
+RAY_OLDEST = "2.52"
+"""The first minor release of Ray that asks for a token. ``pyproject.toml`` says the same."""

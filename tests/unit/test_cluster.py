@@ -134,6 +134,14 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(cluster.LOCAL).endswith("pip install ray.")
 
 
+def test_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.52 Ray asks nobody for a token."""
+    found = {v: cluster.is_too_old(v) for v in ("2.9.3", "2.51.1", "2.52.0", "2.60.0rc1", "3.0")}
+    assert list(found.values()) == [True, True, False, False, False]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.48.0")
+    assert "needs Ray 2.52 or newer" in error(cluster.LOCAL)
+
+
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
@@ -181,7 +189,11 @@ def test_what_this_machine_alone_cannot_have() -> None:
 
 def test_this_machine() -> None:
     assert all(map(cluster.may_be_here, (None, "127.0.0.1", socket.gethostname())))
-    assert not cluster.may_be_here("elsewhere")
+    interfaces = [address for found in psutil.net_if_addrs().values() for address in found]
+    own = [address.address for address in interfaces if address.family == socket.AF_INET]
+    assert all(map(cluster.may_be_here, own))
+    # The second is for documentation only, no machine's.
+    assert not any(map(cluster.may_be_here, ("elsewhere", "192.0.2.1")))
 
 
 # --------------------------------------------------------------------------- an instance of our own
@@ -263,14 +275,15 @@ def test_it_listens_to_this_machine_only(address: str) -> None:
 
 
 ACTOR = """
-import json, os, signal
+import json, os, signal, time
 from vllm_stairs.placement import cluster
 before = signal.getsignal(signal.SIGTERM)
 cluster.join({address!r})
 cluster.join({address!r})
 assert signal.getsignal(signal.SIGTERM) is before
 import ray
-bundle = cluster.DraftBundle(cpus=2)
+# Memory is one of the custom resources that Ray refuses of an actor.
+bundle = cluster.DraftBundle(cpus=2, resources={{"memory": 1e6}})
 group = cluster.reserve(bundle)
 
 @ray.remote
@@ -285,10 +298,12 @@ here = cluster.draft_is_here(group)
 free = ray.available_resources()["CPU"]
 cluster.release(group)
 cluster.release(group)
-print(json.dumps([found[0], here, free, os.getpid()]))
-if {die}:
-    cluster.reserve(bundle)
-    os.kill(os.getpid(), signal.SIGKILL)
+until = time.monotonic() + 30
+while (freed := ray.available_resources()["CPU"]) == free and time.monotonic() < until:
+    time.sleep(0.1)
+cluster.reserve(bundle)
+print(json.dumps([found[0], here, free, freed]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 FREE = """
@@ -309,34 +324,32 @@ print(json.dumps([groups, free, ray.cluster_resources()["CPU"]]))
 
 
 def test_a_process_that_inherits_joins_and_places(address: str) -> None:
-    mark, here, free, _ = script(ACTOR.format(address=address, die=False))
+    """What it releases is free again, and what it holds when it is killed."""
+    run = subprocess.run(
+        [sys.executable, "-c", ACTOR.format(address=address)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
+    mark, here, free, freed = json.loads(run.stdout.splitlines()[-1])
     assert mark == "here"
     assert here
-    groups, freed, everything = script(FREE.format(address=address))
+    groups, freed_again, everything = script(FREE.format(address=address))
     assert set(groups) == {"REMOVED"}
-    assert freed == everything == free + 2
-
-
-def test_what_a_killed_driver_reserved_is_free_again(address: str) -> None:
-    code = ACTOR.format(address=address, die=True)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=180)
-    assert run.returncode == -signal.SIGKILL
-    groups, freed, everything = script(FREE.format(address=address))
-    assert set(groups) == {"REMOVED"}
-    assert freed == everything
+    assert freed == freed_again == everything == free + 2
 
 
 def test_it_counts_as_a_running_cluster(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same checks as on any: of an address that was given, or of the environment."""
     assert cluster.connect(address) == address
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert cluster.connect() == address
+    assert cluster.connect(None, DraftBundle(node="127.0.0.1")) == address
     message = error(None, DraftBundle(cpus=1000, resources={"fast": 1}), timeout=1)
     assert "no room for the draft: it wants 1000 CPU, 1 fast; free " in message
     assert "16 CPU, 0 GPU, 0 fast" in message
     message = error(address, DraftBundle(node="elsewhere"))
     assert "stairs_draft_node=elsewhere: no node of the Ray cluster; there are 127.0.0.1" in message
-    assert cluster.connect(address, DraftBundle(node="127.0.0.1")) == address
 
 
 @pytest.mark.parametrize("token", ["0" * 64, None])
@@ -349,6 +362,33 @@ def test_wrong_token(address: str, monkeypatch: pytest.MonkeyPatch, token: str |
     message = error(address)
     assert f"Ray cluster {address} refuses the token of this process" in message
     assert ("RAY_AUTH_MODE is not token" in message) == (token is None)
+
+
+WAITS = """
+import signal
+from vllm_stairs.placement import cluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A background job's is ignored.
+cluster.connect({address!r}, cluster.DraftBundle(cpus=1000), timeout=120)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_front_end_that_waits_for_room_is_ended(address: str, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS.format(address=address)], stderr=subprocess.DEVNULL
+    )
+    helper: list[psutil.Process] = []
+    while not helper:
+        assert process.poll() is None
+        time.sleep(0.1)
+        helper = psutil.Process(process.pid).children()
+    time.sleep(3)  # It joins the cluster, and then it waits.
+    process.send_signal(how)
+    assert process.wait(30) == -how
+    assert not running(helper, patience=10)
+    groups, freed, everything = script(FREE.format(address=address))
+    assert set(groups) == {"REMOVED"}
+    assert freed == everything
 
 
 GPUS = """
@@ -369,9 +409,9 @@ def drafts_gpus(target):
 
 ids, beside = drafts_gpus([]), drafts_gpus(["0"])
 said = []
-for gpus in (beside, ["0", "1"]):
+for gpus, timeout in ((beside, 30), (["0", "1"], 1)):
     try:
-        cluster.reserve(bundle, target_gpus=gpus, timeout=5)
+        cluster.reserve(bundle, target_gpus=gpus, timeout=timeout)
     except cluster.ClusterError as error:
         said.append(str(error))
 groups = cluster.reserve(cluster.DraftBundle(cpus=1), target_gpus=["4", "6"], by_ray=True)
@@ -435,6 +475,35 @@ def test_kill_9_leaves_nothing() -> None:
     process.wait()
     assert not running(found)
     assert not os.path.exists(folder)
+
+
+FORK = """
+import json, os, time
+from vllm_stairs.placement import cluster
+cluster.connect("local")
+child = os.fork()
+if child:
+    print(json.dumps([cluster._instance.process.pid, child]), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_forked_child_does_not_hold_the_instance() -> None:
+    """Engines of offline use are forked from their front end, where there are GPUs."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORK], env=environment, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    keeper, child = json.loads(process.stdout.readline())
+    found = family(keeper)
+    process.kill()
+    process.wait()
+    try:
+        assert psutil.pid_exists(child)
+        assert not running(found)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_killed_keeper_leaves_no_draft() -> None:

@@ -138,6 +138,17 @@ def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert "hooks: all" in report
 
 
+@pytest.mark.parametrize(
+    ("version", "is_fine"), [("2.48.0", False), (None, False), ("2.52.1", True)]
+)
+def test_doctor_on_ray(monkeypatch: pytest.MonkeyPatch, version: str | None, is_fine: bool) -> None:
+    from vllm_stairs import doctor
+
+    monkeypatch.setattr(doctor, "distribution_version", lambda name: version)
+    (finding,) = doctor._ray()
+    assert ("pip install 'ray>=2.52'" in finding.remedy) != is_fine
+
+
 def test_doctor_on_other_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vllm_stairs.cli import main
 

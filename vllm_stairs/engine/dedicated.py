@@ -64,8 +64,11 @@ class AbsentDrafter(DraftModelProposer):
         # One group of blocks, whatever kinds of attention the draft has.
         own.scheduler_config.disable_hybrid_kv_cache_manager = True
         config = self._create_draft_vllm_config()
+        model = copy.copy(config.model_config)
+        model.model, model.tokenizer = _findable(model.model), _findable(model.tokenizer)
         return replace(
             config,
+            model_config=model,
             speculative_config=None,
             parallel_config=replace(
                 config.parallel_config, distributed_executor_backend="uni", placement_group=None
@@ -83,6 +86,11 @@ class AbsentDrafter(DraftModelProposer):
 
     def initialize_cudagraph_keys(self, *args: Any, **kwargs: Any) -> None:
         """No graphs."""
+
+
+def _findable(model: str) -> str:
+    """A model's name; of a folder the whole path, for a cluster's processes start elsewhere."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 @dataclass

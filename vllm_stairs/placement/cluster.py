@@ -14,10 +14,12 @@ server's own processes has. Both are in the environment that these inherit.
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -31,6 +33,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_stairs.versions import RAY_OLDEST
 
 NAMESPACE = "vllm-stairs"
 """Of the jobs in Ray."""
@@ -87,6 +91,9 @@ class DraftBundle:
     def actor_options(self, group: Any) -> dict[str, Any]:
         """Arguments of ``ActorClass.options`` that put an actor into the draft's bundle.
 
+        Nothing else runs in the bundle, which holds the custom resources: of the actor Ray refuses
+        some of them (``memory``).
+
         Args:
             group: of :func:`reserve`.
         """
@@ -95,7 +102,6 @@ class DraftBundle:
         return {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus,
-            "resources": dict(self.resources),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=DRAFT_BUNDLE
             ),
@@ -175,6 +181,12 @@ def connect(
             "stairs_placement=dedicated places the draft by Ray, which is not installed: "
             "pip install ray."
         )
+    version = importlib.metadata.version("ray")
+    if is_too_old(version):
+        raise ClusterError(
+            f"stairs_placement=dedicated needs Ray {RAY_OLDEST} or newer, the first that asks for "
+            f"a token, and {version} is installed: pip install 'ray>={RAY_OLDEST}'."
+        )
     if not bundle.amounts():
         raise ClusterError("stairs_draft_resources asks for nothing: name a GPU or a CPU at least.")
     wanted = address or os.environ.get(ADDRESS_VARIABLE) or LOCAL
@@ -211,17 +223,26 @@ def is_own(address: str) -> bool:
     return address.rpartition(":")[0] == _LOOPBACK and _keeps_to_loopback()
 
 
+def is_too_old(version: str) -> bool:
+    """Whether this version of Ray lacks something that is needed."""
+    found, oldest = (
+        tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (version, RAY_OLDEST)
+    )
+    return found < oldest
+
+
 def may_be_here(node: str | None) -> bool:
     """Whether a node that is called so may be this machine.
 
     Args:
-        node: address, host name, ...; None: any.
+        node: address or host name; None: any. By Ray's names no machine is recognised.
     """
-    host = socket.gethostname()
-    here = {None, _LOOPBACK, "localhost", host}
-    with contextlib.suppress(OSError):
-        here.add(socket.gethostbyname(host))
-    return node in here
+    if node is None or node == socket.gethostname():
+        return True
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind((node, 0))  # Names are looked up; only this machine's addresses can be bound.
+        return True
+    return False
 
 
 def _keeps_to_loopback() -> bool:
@@ -296,6 +317,15 @@ def _own_instance(bundle: DraftBundle, gpus: Sequence[str], gpu_variable: str) -
     # Finalizers run in reverse order, so after those of an engine that is made later.
     weakref.finalize(sys.modules[__name__], stop)
     return address
+
+
+def _let_go() -> None:
+    """In a forked child: the instance ends with its owner, not with the last who has the pipe."""
+    if _instance is not None and _instance.process.stdin is not None:
+        _instance.process.stdin.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _short_folder() -> str | None:
@@ -428,14 +458,6 @@ def join(address: str) -> None:
             raise ClusterError(sentence(error, address)) from error
 
 
-def leave() -> None:
-    """Stop being a driver; actors and placement groups of this process go with it."""
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
-
-
 def _take_environment(own: bool) -> None:
     """Let Ray read its variables where it was imported before they were set.
 
@@ -452,8 +474,7 @@ def _take_environment(own: bool) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = False
     core: Any = importlib.import_module("ray._raylet")
     core.Config.initialize("")
-    if hasattr(core, "AuthenticationTokenLoader"):  # Ray before 2.52 has no tokens.
-        core.AuthenticationTokenLoader.instance().reset_cache()
+    core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The helper process of :mod:`vllm_stairs.placement.cluster`: checks a cluster, or holds one.
 
 Run with one argument, a JSON object; writes one JSON line, ``{"address": ...}`` or
-``{"error": ...}``, to standard output. An instance that it starts lives until standard input ends,
-which it does when the front end is gone, however it went. If this process is killed, the kernel
+``{"error": ...}``, to standard output. It ends with standard input, that is, when the front end is
+gone, however it went, and so does an instance that it starts. If this process is killed, the kernel
 kills what Ray started with it.
 """
 
@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,12 +40,16 @@ def main() -> int:
     os.dup2(2, 1)  # Whatever else is printed is for the log.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     own = request["address"] == LOCAL
+    answered = threading.Event()
+    if not own:
+        threading.Thread(target=_end_with_the_front_end, args=(answered,), daemon=True).start()
     try:
         reply = {"address": _start(request) if own else _check(request)}
     except ClusterError as error:
         reply = {"error": str(error)}
     except Exception as error:
         reply = {"error": sentence(error, request["address"])}
+    answered.set()
     with contextlib.suppress(OSError):
         os.write(answer, json.dumps(reply).encode() + b"\n")
     os.close(answer)
@@ -57,6 +62,17 @@ def main() -> int:
     if own:
         shutil.rmtree(request["folder"], ignore_errors=True)
     return 0
+
+
+def _end_with_the_front_end(answered: threading.Event) -> None:
+    """Wait no longer for room in a cluster that nobody wants any more.
+
+    Args:
+        answered: set when the answer is about to be written.
+    """
+    os.read(0, 1)
+    if not answered.is_set():
+        os._exit(1)  # Ray takes back what this process has reserved.
 
 
 def _start(request: Mapping[str, Any]) -> str:

@@ -115,6 +115,6 @@ class Supervisor(Generic[T]):
                 self.draft = self.facts = self._starting = None
                 if draft is not None:
                     self._end(draft)
+            self._wake.clear()  # Before looking: whoever closes sets it after.
             if not self._closing:
-                self._wake.clear()
                 self._wake.wait(self._back_off.failed())

@@ -22,7 +22,8 @@ def launch(log_path: Path, *arguments: str | Path) -> tuple["subprocess.Popen[by
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LD_PRELOAD")}
+    not_the_users = ("OMP_NUM_THREADS", "LD_PRELOAD", "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS")
+    env = {k: v for k, v in os.environ.items() if k not in not_the_users}
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     command = [Path(sys.executable).parent / "vllm", "serve", *arguments]
     with log_path.open("wb") as log:

@@ -17,26 +17,24 @@ from vllm import LLM
 
 from tests.e2e.servers import launch, wait_until_healthy
 from tests.engine.engines import greedy, plain, statistics, token_ids
-from tests.engine.test_dedicated import Since, dedicated, runner_of
+from tests.engine.test_dedicated import Since, auto, runner_of, until
 from tests.engine.test_identity import prompts
 from tests.tiny import TinyModels
 from vllm_stairs.engine import runner as runner_module
 from vllm_stairs.placement import patience
 
-START_SECONDS = 240
-
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long enough for a draft on a busy machine, short enough to do without a dead one."""
+def engine(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    """The target as its own draft, K = 4, always drafting.
+
+    Its patience is long enough for a draft on a busy machine, short enough to do without a dead
+    one.
+    """
     monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 1000.0)
-
-
-def until(happened: Callable[[], Any], seconds: float = START_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
+    llm = auto(tiny)
+    monkeypatch.setattr(runner_of(llm), "stairs_decider", None)
+    return llm
 
 
 def pid_of(llm: LLM) -> int | None:
@@ -62,9 +60,8 @@ def write_and(llm: LLM, texts: list[str], step: int, harm: Callable[[], None]) -
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.full)])
-def test_the_draft_is_killed(tiny: TinyModels, patient: None, times: int) -> None:
+def test_the_draft_is_killed(engine: LLM, tiny: TinyModels, times: int) -> None:
     """In mid-stream, under load, again and again; each time it comes back."""
-    engine = dedicated(tiny.target, tiny.target)
     texts = prompts(8, seed=100)
     expected = [samples[0] for samples in token_ids(plain(tiny.target), texts, greedy(60))]
     for attempt in range(times):
@@ -86,10 +83,9 @@ def test_the_draft_is_killed(tiny: TinyModels, patient: None, times: int) -> Non
     assert statistics(engine)["dedicated"]["restarts"] >= times
 
 
-def test_the_draft_hangs(tiny: TinyModels, patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_draft_hangs(engine: LLM, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for once, then done without, then replaced."""
     monkeypatch.setattr(patience, "HUNG_SECONDS", 2.0)
-    engine = dedicated(tiny.target, tiny.target)
     texts = prompts(8, seed=101)
     expected = [samples[0] for samples in token_ids(plain(tiny.target), texts, greedy(60))]
     until(lambda: pid_of(engine))
@@ -113,30 +109,32 @@ def test_the_draft_hangs(tiny: TinyModels, patient: None, monkeypatch: pytest.Mo
 
 # ------------------------------------------------------------------------------- server
 
+Server = tuple["subprocess.Popen[bytes]", str]
+
 
 @pytest.fixture
-def start(
-    tiny: TinyModels, tmp_path: Path
-) -> Iterator[Callable[[], tuple["subprocess.Popen[bytes]", str]]]:
-    """Starts servers with a dedicated draft: process and URL."""
+def start(tiny: TinyModels, tmp_path: Path) -> Iterator[Callable[[int], Iterator[Server]]]:
+    """Starts servers with dedicated drafts at the same time: processes and URLs."""
     processes = []
 
-    def start() -> tuple["subprocess.Popen[bytes]", str]:
-        log_path = tmp_path / f"{len(processes)}.log"
-        process, url = launch(
-            log_path, tiny.target,
-            "--speculative-method", "stairs", "--speculative-model", tiny.noisy,
-            "--stairs-placement", "dedicated", "--stairs-height", "fixed",
-            "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32",
-            "--kv-cache-memory-bytes", str(64 * 2**20),
-        )  # fmt: skip
-        processes.append(process)
-        wait_until_healthy(process, url, log_path)
-        return process, url
+    def start(count: int) -> Iterator[Server]:
+        logs = [tmp_path / f"{number}.log" for number in range(count)]
+        for log in logs:
+            process, url = launch(
+                log, tiny.target,
+                "--speculative-method", "stairs", "--speculative-model", tiny.noisy,
+                "--stairs-placement", "dedicated", "--stairs-height", "fixed",
+                "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager",
+                "--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32",
+                "--kv-cache-memory-bytes", str(64 * 2**20),
+            )  # fmt: skip
+            processes.append((process, url))
+        for (process, url), log in zip(processes, logs, strict=True):
+            wait_until_healthy(process, url, log)
+            yield process, url
 
     yield start
-    for process in processes:
+    for process, _ in processes:
         if process.poll() is None:
             process.kill()
             process.wait()
@@ -153,26 +151,33 @@ def ask(url: str, text: str) -> str:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("victim", "how"),
+    "ends",
     [
-        ("vllm", signal.SIGTERM),
-        ("VLLM::Worker", signal.SIGKILL),
-        pytest.param("vllm", signal.SIGKILL, marks=pytest.mark.full),
+        [("vllm", signal.SIGTERM), ("VLLM::Worker", signal.SIGKILL)],
+        pytest.param([("vllm", signal.SIGKILL)], marks=pytest.mark.full),
     ],
+    ids=["ended", "killed"],
 )
 def test_a_server_leaves_nothing(
     tiny: TinyModels,
-    start: Callable[[], tuple["subprocess.Popen[bytes]", str]],
-    victim: str,
-    how: signal.Signals,
+    start: Callable[[int], Iterator[Server]],
+    ends: list[tuple[str, signal.Signals]],
 ) -> None:
-    """Ended as usual or killed: the draft, and the Ray instance started for it, end too."""
+    """Ended as usual or killed: the draft, and the Ray instance started for it, end too.
+
+    Those of a server beside it live on.
+    """
     (text,) = prompts(1, seed=102)
     expected = plain(tiny.target).generate([text], greedy(40), use_tqdm=False)[0].outputs[0].text
-    process, url = start()
-    assert ask(url, text) == expected
-    metrics = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
-    assert 'what="answers"' in metrics
+    for (process, url), (victim, how) in zip(start(len(ends)), ends, strict=True):
+        assert ask(url, text) == expected
+        metrics = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+        assert 'what="answers"' in metrics
+        end(process, victim, how)
+
+
+def end(process: "subprocess.Popen[bytes]", victim: str, how: signal.Signals) -> None:
+    """End a server, or one of its processes by its name; assert that nothing is left."""
     family = {
         child: " ".join(child.cmdline())
         for child in psutil.Process(process.pid).children(recursive=True)

@@ -1,9 +1,12 @@
 """Installed but not asked for, the plugin changes nothing."""
 
+import concurrent.futures
+import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.tiny import TinyModels
 
@@ -34,12 +37,12 @@ print("RESULT " + json.dumps([
 """
 
 
-def run(tiny: TinyModels, plugins: str | None) -> list:
+def run(target: Path, plugins: str | None) -> list:
     env = {k: v for k, v in os.environ.items() if k != "VLLM_PLUGINS"}
     if plugins is not None:
         env["VLLM_PLUGINS"] = plugins
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tiny.target)],
+        [sys.executable, "-c", SCRIPT, str(target)],
         env=env,
         capture_output=True,
         text=True,
@@ -51,7 +54,8 @@ def run(tiny: TinyModels, plugins: str | None) -> list:
 
 
 def test_nothing_changes(tiny: TinyModels) -> None:
-    without, with_plugin = run(tiny, ""), run(tiny, None)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        without, with_plugin = pool.map(functools.partial(run, tiny.target), ("", None))
     assert without[4] == []
     # Two light modules are loaded: the entry point and the wrapped arguments.
     assert with_plugin.pop(4) == ["vllm_stairs.engine.arguments", "vllm_stairs.engine.plugin"]

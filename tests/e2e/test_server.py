@@ -24,7 +24,31 @@ GREEDY = {"temperature": 0, "max_tokens": 24}
 
 
 @pytest.fixture(scope="module")
-def plain(smollm2: Path) -> LLM:
+def starting(
+    smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple["subprocess.Popen[bytes]", str, Path]]:
+    """A server with stairs as a user gets it: the shipped draft, nothing else said."""
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    process, url = launch(
+        log_path, smollm2,
+        "--speculative-method", "stairs",
+        "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "512", "--max-num-seqs", "8",
+        "--kv-cache-memory-bytes", str(512 * 2**20),
+    )  # fmt: skip
+    try:
+        yield process, url, log_path
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: Path, starting: object) -> LLM:
+    """Built while the server starts."""
     return LLM(
         model=str(smollm2),
         dtype="float32",
@@ -37,28 +61,14 @@ def plain(smollm2: Path) -> LLM:
 
 
 @pytest.fixture(scope="module")
-def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Base URL of a server with stairs as a user gets it: the shipped draft, nothing else said."""
-    log_path = tmp_path_factory.mktemp("server") / "log"
-    process, url = launch(
-        log_path, smollm2,
-        "--speculative-method", "stairs",
-        "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "512", "--max-num-seqs", "8",
-        "--kv-cache-memory-bytes", str(512 * 2**20),
-    )  # fmt: skip
-    try:
-        wait_until_healthy(process, url, log_path)
-        yield url
-        text = log_path.read_text()
-        assert "costs" in text, "the start-up line about the draft"
-        assert "without Intel OpenMP" not in text
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+def server(starting: tuple["subprocess.Popen[bytes]", str, Path], plain: LLM) -> Iterator[str]:
+    """Its base URL."""
+    process, url, log_path = starting
+    wait_until_healthy(process, url, log_path)
+    yield url
+    text = log_path.read_text()
+    assert "costs" in text, "the start-up line about the draft"
+    assert "without Intel OpenMP" not in text
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+import pytest
+from vllm import LLM, SamplingParams, envs
+
+from tests.engine.dice import roll
+from vllm_stairs.engine.cpu import BINDING
 
 COMMON: dict[str, Any] = {
     "dtype": "float32",
@@ -58,29 +62,10 @@ def _engine(model: str, speculative_config: str | None, kwargs: str) -> LLM:
     return LLM(model=model, speculative_config=config, **{**COMMON, **json.loads(kwargs)})
 
 
-_PARALLEL_SCRIPT = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    llm = LLM(**job["engine"])
-    if job["dice"] is not None:
-        from tests.engine.dice import roll
-        llm.collective_rpc(roll, args=(job["dice"],))
-    result = []
-    for heights in job["heights"]:
-        params = [SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True,
-                  extra_args={"stairs_max_height": h}) for h in heights]
-        outputs = llm.generate(job["prompts"], params, use_tqdm=False)
-        result.append([list(o.outputs[0].token_ids) for o in outputs])
-    print("RESULT " + json.dumps([result, llm.collective_rpc("stairs_statistics")]))
-"""
-
-
 def in_a_process(
     script: str, job: dict[str, Any], folder: Path, *, timeout: float, **environment: str
 ) -> Any:
-    """Run a script whose engine has worker processes.
+    """Run a script whose engine is a process of its own, and so are its workers.
 
     Args:
         script: its text; prints ``RESULT`` and a JSON value.
@@ -106,14 +91,54 @@ def in_a_process(
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
+_PARALLEL_SCRIPT = """
+import json, sys
+from tests.engine.engines import write_in_parallel
+from vllm import LLM
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    print("RESULT " + json.dumps(write_in_parallel(LLM(**job["engine"]), job)))
+"""
+
+
+def write_in_parallel(llm: LLM, job: dict[str, Any]) -> list[Any]:
+    """The work of :func:`tensor_parallel_2`: token ids per batch and prompt, counters per rank."""
+    if job["dice"] is not None:
+        llm.collective_rpc(roll, args=(job["dice"],))
+    written = []
+    for heights in job["heights"]:
+        params = [greedy(job["max_tokens"], extra_args={"stairs_max_height": h}) for h in heights]
+        written.append([samples[0] for samples in token_ids(llm, job["prompts"], params)])
+    return [written, llm.collective_rpc("stairs_statistics")]
+
+
+def _with_workers(job: dict[str, Any]) -> list[Any]:
+    """The same with workers in processes of their own and all else in this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM wants a memory node for each worker, or to be told.
+        patch.setenv(BINDING, "nobind")
+        envs.disable_envs_cache()  # Engines of other tests have filled it.
+        try:
+            llm = LLM(**job["engine"])
+            core = llm.llm_engine.engine_core
+            # Its own end would take the groups of this process from those engines, too.
+            core._finalizer.detach()  # type: ignore[attr-defined]
+            try:
+                return write_in_parallel(llm, job)
+            finally:
+                core.engine_core.model_executor.shutdown()  # type: ignore[attr-defined]
+        finally:
+            envs.disable_envs_cache()
+
+
 def tensor_parallel_2(
     model: Path,
     draft: Path,
     prompts: Sequence[str],
     heights: Sequence[Sequence[int]],
-    folder: Path,
     *,
     max_tokens: int,
+    folder: Path | None = None,
     dice: int | None = None,
     **options: Any,
 ) -> tuple[list[list[list[int]]], dict[str, Any]]:
@@ -124,8 +149,9 @@ def tensor_parallel_2(
         draft: the draft.
         prompts: texts.
         heights: of each batch, the greatest height of each prompt.
-        folder: for the script.
         max_tokens: of each answer.
+        folder: for the script of an engine that is a process of its own, as users have it; None:
+            only the workers are, which has two processes fewer to start.
         dice: the seed of a policy that decides at random, on the rank that decides.
         options: ``stairs_*``.
 
@@ -152,14 +178,17 @@ def tensor_parallel_2(
         "max_tokens": max_tokens,
         "dice": dice,
     }
-    outputs, (counters, others) = in_a_process(
-        _PARALLEL_SCRIPT,
-        job,
-        folder,
-        timeout=600,
-        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # For the function that brings the dice.
-        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
-    )
+    if folder is None:
+        outputs, (counters, others) = _with_workers(job)
+    else:
+        outputs, (counters, others) = in_a_process(
+            _PARALLEL_SCRIPT,
+            job,
+            folder,
+            timeout=600,
+            VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # For the function that brings the dice.
+            PYTHONPATH=str(Path(__file__).resolve().parents[2]),
+        )
     for name in ("heights", "accepted"):
         assert counters[name] == others[name], "the ranks have verified different staircases"
     return outputs, counters

@@ -1,12 +1,13 @@
 """``vllm-stairs bench run`` on a tiny model: real engines in processes of their own."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import TinyModels
-from vllm_stairs.bench import cli, record, results
+from vllm_stairs.bench import cli, record, results, run
 
 HEIGHT = 2
 PROMPTS = [
@@ -44,6 +45,9 @@ def measured(
     with pytest.MonkeyPatch.context() as patch:
         # As users have it: the engine in a process of its own.
         patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        # Times are of no interest here: pauses are left out, engines start at the same time.
+        patch.setattr(run, "SETTLE_SECONDS", 0.0)
+        patch.setattr(run, "Run", functools.partial(run.Run, together=True))
         assert cli.main(command) == 0
     return results.load(output), folder
 

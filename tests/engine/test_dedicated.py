@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,18 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 20_000.0)
 
 
+def until(happened: Callable[[], Any], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
 def dedicated(model: Path, draft: Path, **kwargs: Any) -> LLM:
-    return stairs(model, draft, stairs_placement="dedicated", **kwargs)
+    engine = stairs(model, draft, stairs_placement="dedicated", **kwargs)
+    # Another test may have killed its draft.
+    until(runner_of(engine).stairs_dedicated.is_free)
+    return engine
 
 
 def runner_of(llm: LLM) -> Any:
@@ -158,9 +169,7 @@ def test_a_draft_that_is_late(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 0.0)
     assert token_ids(engine, texts, greedy()) == token_ids(reference, texts, greedy())
     assert since["dedicated"]["late"] > 0
-    runner = runner_of(engine)
-    while not runner.stairs_dedicated.is_free():
-        time.sleep(0.01)
+    until(runner_of(engine).stairs_dedicated.is_free)
     since = Since(engine)
     monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 20_000.0)
     assert token_ids(engine, texts, greedy()) == token_ids(reference, texts, greedy())
@@ -202,6 +211,7 @@ def test_aborts(tiny: TinyModels) -> None:
 
 
 def auto(tiny: TinyModels) -> LLM:
+    """Shared with the tests of faults."""
     return dedicated(tiny.target, tiny.target, height=4, stairs_height="auto")
 
 
@@ -281,7 +291,7 @@ def test_overlap_gains(slow: LLM, tiny: TinyModels) -> None:
 
 
 @pytest.mark.parametrize("height", ["fixed", pytest.param("auto", marks=pytest.mark.full)])
-def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path, height: str) -> None:
+def test_tensor_parallel_2(tiny: TinyModels, height: str) -> None:
     """The first rank asks; the scheduler hands both the same drafts."""
     texts = prompts(5, seed=98)
     outputs, counted = tensor_parallel_2(
@@ -289,7 +299,6 @@ def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path, height: str) -> Non
         tiny.noisy,
         texts,
         [[4] * 5, [0, 1, 2, 3, 4], *[[4] * 5] * 3],
-        tmp_path,
         max_tokens=30,
         stairs_placement="dedicated",
         stairs_height=height,

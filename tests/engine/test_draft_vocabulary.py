@@ -290,7 +290,7 @@ def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path) -> None:
     lacking = set(random.Random(7).sample(range(3, len(WORDS)), 10))
     kept = ids_file(tmp_path, set(range(VOCAB_SIZE)) - lacking)
     outputs, stats = tensor_parallel_2(
-        tiny.target, tiny.target, texts, [[4] * 4], tmp_path, max_tokens=30, stairs_draft_vocab=kept
+        tiny.target, tiny.target, texts, [[4] * 4], max_tokens=30, stairs_draft_vocab=kept
     )
     assert outputs == [expected]
     # A staircase is not kept whole only where the target says what the draft cannot, and at the

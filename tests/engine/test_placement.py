@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import COMMON, greedy, plain, tensor_parallel_2, token_ids
 from tests.engine.test_arguments import build, error, parse
 from tests.engine.test_identity import prompts
 from tests.tiny import VOCAB_SIZE, WORDS, TinyModels, copy_model
+from vllm_stairs.engine.dedicated import AbsentDrafter
 from vllm_stairs.engine.placement import in_draft_group, solo_group
 
 
@@ -136,11 +139,28 @@ def test_the_group_comes_back(tiny: TinyModels) -> None:
     assert parallel_state.get_tp_group() is shared
 
 
+def test_a_dedicated_draft_is_found_from_any_folder(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of a running cluster work where the cluster was started."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tiny.root)
+    config = {"method": "stairs", "model": tiny.noisy.name, "stairs_placement": "dedicated"}
+    args = EngineArgs(
+        model=f"./{tiny.target.name}", speculative_config=config, dtype="float32", max_model_len=256
+    )
+    drafter = AbsentDrafter(args.create_engine_config(), torch.device("cpu"), None)
+    draft = drafter.draft_config()
+    assert draft.model_config.model == str(tiny.noisy)
+    assert draft.model_config.tokenizer == str(tiny.target)
+    assert drafter.speculative_config.draft_model_config.model == tiny.noisy.name
+
+
 def expected_texts(tiny: TinyModels, texts: list[str]) -> list[list[int]]:
     return [samples[0] for samples in token_ids(plain(tiny.target), texts, greedy(30))]
 
 
-def test_lossless(tiny: TinyModels, tmp_path: Path) -> None:
+def test_lossless(tiny: TinyModels) -> None:
     """A draft that is right now and then; heights that differ; prompts from the prefix cache."""
     texts = prompts(5, seed=70)
     outputs, statistics = tensor_parallel_2(
@@ -148,7 +168,6 @@ def test_lossless(tiny: TinyModels, tmp_path: Path) -> None:
         tiny.noisy,
         texts,
         [[4] * 5, [0, 1, 2, 3, 4]],
-        tmp_path,
         max_tokens=30,
         stairs_placement="replicated",
     )
@@ -159,7 +178,7 @@ def test_lossless(tiny: TinyModels, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layout", [pytest.param("packed"), pytest.param("expanded", marks=pytest.mark.full)]
 )
-def test_draft_kv_is_right(tiny: TinyModels, tmp_path: Path, layout: str) -> None:
+def test_draft_kv_is_right(tiny: TinyModels, layout: str) -> None:
     """The target as its own draft, whole beside its shards: stale or misplaced KV would show."""
     texts = prompts(5, seed=71)
     outputs, statistics = tensor_parallel_2(
@@ -168,7 +187,6 @@ def test_draft_kv_is_right(tiny: TinyModels, tmp_path: Path, layout: str) -> Non
         texts,
         # Holes where nobody drafted, then drafts over what the prefix cache has of them.
         [[0, 1, 2, 3, 4], [4] * 5],
-        tmp_path,
         max_tokens=30,
         stairs_placement="replicated",
         stairs_layout=layout,
@@ -191,7 +209,6 @@ def test_trimmed_vocabulary(tiny: TinyModels, tmp_path: Path) -> None:
         tiny.target,
         texts,
         [[4] * 4],
-        tmp_path,
         max_tokens=30,
         draft_tensor_parallel_size=1,
         stairs_draft_vocab=str(kept),

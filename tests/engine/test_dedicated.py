@@ -292,7 +292,11 @@ def test_overlap_gains(slow: LLM, tiny: TinyModels) -> None:
 
 @pytest.mark.parametrize("height", ["fixed", pytest.param("auto", marks=pytest.mark.full)])
 def test_tensor_parallel_2(tiny: TinyModels, height: str) -> None:
-    """The first rank asks; the scheduler hands both the same drafts."""
+    """The first rank asks; the scheduler hands both the same drafts.
+
+    Under ``auto`` ranks agree and the text is the target's; whether the draft is worth a question
+    where three processes share two cores is the policy's affair.
+    """
     texts = prompts(5, seed=98)
     outputs, counted = tensor_parallel_2(
         tiny.target,
@@ -307,4 +311,4 @@ def test_tensor_parallel_2(tiny: TinyModels, height: str) -> None:
     assert outputs == [expected] * 5
     if height == "fixed":
         assert 0 < counted["accepted_per_position"][0] < counted["drafted_per_position"][0]
-    assert counted["dedicated"]["answers"] > 0
+        assert counted["dedicated"]["answers"] > 0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
+from tests.engine.engines import spare_the_others
 from vllm_stairs.bench import prompts as bench
 
 FLOOR = 0.28
@@ -36,6 +37,7 @@ def generate(model: Path, dtype: str, draft: Path | None, **kwargs: Any) -> list
     llm = LLM(model=str(model), dtype=dtype, speculative_config=config, **ENGINE)
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=2)
     outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+    spare_the_others(llm)
     del llm
     return outputs
 

@@ -112,6 +112,11 @@ def write_in_parallel(llm: LLM, job: dict[str, Any]) -> list[Any]:
     return [written, llm.collective_rpc("stairs_statistics")]
 
 
+def spare_the_others(llm: LLM) -> None:
+    """An engine's end would take the groups of this process from engines of other tests."""
+    llm.llm_engine.engine_core._finalizer.detach()  # type: ignore[attr-defined]
+
+
 def _with_workers(job: dict[str, Any]) -> list[Any]:
     """The same with workers in processes of their own and all else in this one."""
     with pytest.MonkeyPatch.context() as patch:
@@ -121,8 +126,7 @@ def _with_workers(job: dict[str, Any]) -> list[Any]:
         try:
             llm = LLM(**job["engine"])
             core = llm.llm_engine.engine_core
-            # Its own end would take the groups of this process from those engines, too.
-            core._finalizer.detach()  # type: ignore[attr-defined]
+            spare_the_others(llm)
             try:
                 return write_in_parallel(llm, job)
             finally:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the files that every model folder shares."""
+"""Folders and files that appear whole or not at all, and what every model folder shares."""
 
 import errno
 import shutil
@@ -55,6 +55,17 @@ def new_folder(out_dir: Path, marker: str, failure: type[Exception]) -> Iterator
             folder.rename(out_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A file to write beside ``file``; it takes that place only when the block ends well."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

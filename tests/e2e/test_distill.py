@@ -111,31 +111,40 @@ def test_the_same_command_again_changes_nothing(
 
 
 @pytest.fixture
-def carried_out(
+def here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process; returns its exit status, output and errors."""
+
+    def here(*arguments: object) -> tuple[int, str, str]:
+        for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+            monkeypatch.setenv(name, "1")  # Put back when the test is over.
+        status = cli.main(["distill", *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return here
+
+
+@pytest.fixture
+def carried_out(here: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """Runs a command in this process; returns what it printed."""
 
     def carried_out(*arguments: object) -> str:
-        for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
-            monkeypatch.setenv(name, "1")  # Put back when the test is over.
-        assert cli.main(["distill", *map(str, arguments)]) == 0, capsys.readouterr().err
-        return capsys.readouterr().out
+        status, output, errors = here(*arguments)
+        assert status == 0, errors
+        return output
 
     return carried_out
 
 
 @pytest.fixture
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def refused(here: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """Runs a command that is refused, in this process; returns the one line that says why."""
 
     def refused(*arguments: object) -> str:
-        for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
-            monkeypatch.setenv(name, "1")  # Put back when the test is over.
-        assert cli.main(["distill", *map(str, arguments)]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
+        status, _, errors = here(*arguments)
+        assert status == 2
+        lines = errors.strip().splitlines()
         assert lines[-1].startswith("vllm-stairs distill: error: ")
         assert len([line for line in lines if "rror" in line]) == 1
         return lines[-1]

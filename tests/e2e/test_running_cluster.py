@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.engines import greedy, plain, stairs, statistics, token_ids
+from tests.engine.engines import greedy, in_a_process, plain, stairs, statistics, token_ids
+from tests.engine.test_dedicated import runner_of, until
 from tests.engine.test_identity import prompts
 from tests.tiny import TinyModels
 
@@ -79,52 +78,40 @@ def write(folder: Path, target: str, draft: str) -> None:
             result["ids"].append([samples[0] for samples in token_ids(llm, texts, greedy(60))])
             return statistics(llm)["dedicated"]["answers"]
 
-        def until(happened: Callable[[], Any]) -> None:
-            deadline = time.monotonic() + 180
-            while not happened():
-                assert time.monotonic() < deadline, result
-                time.sleep(0.5)
-
-        runner = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
-        runner = runner.model_executor.driver_worker.worker.model_runner
-        until(answers)
+        runner = runner_of(llm)
+        until(answers, 180)
         change_nodes()
-        until(lambda: [answers(), runner.stairs_dedicated.facts is None][1])
+        until(lambda: [answers(), runner.stairs_dedicated.facts is None][1], 180)
         change_nodes()
-        until(lambda: runner.stairs_dedicated.facts)
+        until(lambda: runner.stairs_dedicated.facts, 180)
         before = answers()
-        until(lambda: answers() > before)
+        until(lambda: answers() > before, 180)
         result["restarts"] = statistics(llm)["dedicated"]["restarts"]
         runner.stairs_close()
         print("RESULT " + json.dumps(result), flush=True)
 
 
 @pytest.mark.full
-def test_a_running_cluster(tiny: TinyModels, tmp_path: Path) -> None:
+def test_a_running_cluster(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The draft goes where the resources are. Paths are from the server's folder, not Ray's."""
-    script = tmp_path / "engine.py"
-    script.write_text(_ENGINE)
     expected = [
         samples[0] for samples in token_ids(plain(tiny.target), prompts(4, seed=120), greedy(60))
     ]
     job = {"folder": str(tmp_path), "target": tiny.target.name, "draft": tiny.noisy.name}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)],
-        cwd=tiny.root,
-        env={
-            **environment,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": "5" * 64,
-        },
-        capture_output=True,
-        text=True,
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tiny.root)
+    result = in_a_process(
+        _ENGINE,
+        job,
+        tmp_path,
         timeout=600,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        PYTHONPATH=str(Path(__file__).resolve().parents[2]),
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN="5" * 64,
     )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stderr[-4000:]
-    result = json.loads(lines[0].removeprefix("RESULT "))
     assert result["ids"] == [expected] * len(result["ids"])
     assert result["restarts"] == 1

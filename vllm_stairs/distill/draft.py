@@ -11,7 +11,6 @@ Nothing here needs vLLM; PyTorch is imported when there is work for it.
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill.errors import DistillError
-from vllm_stairs.folders import copy_tokenizer, new_folder, writing
+from vllm_stairs.folders import copy_tokenizer, new_file, new_folder, writing
 from vllm_stairs.proposer.vocabulary import FREQUENCIES_FILE, read_frequencies, save_frequencies
 from vllm_stairs.versions import __version__
 
@@ -440,22 +439,14 @@ def _write_model(
 def _write_tensors(file: Path, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> None:
     from safetensors.torch import save_file
 
-    partial = file.with_name(f"{file.name}.partial")
-    try:
+    with new_file(file) as partial:
         stored = {k: t.to("cpu", dtype).contiguous() for k, t in tensors.items()}
         save_file(stored, partial, metadata={"format": "pt"})
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    try:
+    with new_file(file) as partial:
         partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def fingerprint(tensors: Mapping[str, "torch.Tensor"]) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vllm_stairs.distill.conversations import Talk
 from vllm_stairs.distill.errors import DistillError
-from vllm_stairs.folders import writing
+from vllm_stairs.folders import new_file, writing
 
 SETTINGS_FILE = "data.json"
 HELD_OUT_EVERY = 40
@@ -158,13 +158,8 @@ def save_arrays(file: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """
     from safetensors.numpy import save_file
 
-    partial = file.with_suffix(".partial")
-    try:
-        with writing(file, DistillError):
-            save_file(dict(arrays), partial)
-            partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(file, DistillError), new_file(file) as partial:
+        save_file(dict(arrays), partial)
 
 
 def save_json(file: Path, value: Any, indent: int | None = 2) -> None:
@@ -178,17 +173,13 @@ def save_json(file: Path, value: Any, indent: int | None = 2) -> None:
     Raises:
         DistillError: the disk is full, or the place cannot be written.
     """
-    partial = file.with_name(f"{file.name}.partial")
     with writing(file, DistillError):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise DistillError(f"{str(file.parent)!r} is no folder") from None
-        try:
+        with new_file(file) as partial:
             partial.write_text(json.dumps(value, indent=indent) + "\n")
-            partial.rename(file)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def check_same_run(file: Path, settings: Mapping[str, Any], what: str, *, begun: bool) -> None:
@@ -203,12 +194,11 @@ def check_same_run(file: Path, settings: Mapping[str, Any], what: str, *, begun:
     Raises:
         DistillError: the folder was begun with other settings, or cannot be written.
     """
-    wanted = json.loads(json.dumps(dict(settings)))
-    found = different_settings(file, wanted) if begun else None
+    found = different_settings(file, settings) if begun else None
     if found:
         raise DistillError(another_run(file.parent, what, found))
     if found is None:
-        save_json(file, wanted)
+        save_json(file, dict(settings))
 
 
 def another_run(folder: Path, what: str, different: Sequence[str]) -> str:

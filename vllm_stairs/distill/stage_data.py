@@ -1,5 +1,6 @@
 """The stage ``data``: the target writes conversations, then its distributions are stored."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -67,40 +68,41 @@ def _write(settings: Settings, folder: Folder, writer: str, reporter: Reporter) 
     may_use = BenchmarkFilter(prompts.benchmark_texts())
     device = device_of(settings.device)
     seen = folder.seen()
-    with limited_memory(generators.LESS_MEMORY):
-        generator = generators.start(
-            settings.generator,
-            writer,
-            dtype=dtype_of(settings.dtype, device),
-            max_length=min(manner.max_length + 8, config.max_position_embeddings),
-            device=device,
-        )
-        try:
-            started, before = time.monotonic(), total
-            for index, seeds in itertools.chain([first], left):
-                reporter.progress("writing", total, settings.tokens)
-                if not settings.prompts:  # There is no end of these: no more than are wanted.
-                    wanted = math.ceil((settings.tokens - total) / FEWEST_TOKENS)
-                    seeds = seeds[: max(wanted, FEWEST_TALKS)]
-                talks = converse(
-                    seeds, generator, tokenizer, manner, may_use=may_use, seed=settings.seed
-                )
-                shard = folder.save(index, talks, seen)
-                total += shard.written
-                reporter.progress("writing", total, settings.tokens)
-                rate = (total - before) / (time.monotonic() - started)
-                reporter.say(
-                    f"shard {index}: {len(shard)} conversations, {total:,} of "
-                    f"{settings.tokens:,} tokens, {rate:.0f} tokens/s"
-                )
-                if total >= settings.tokens:
-                    return
-                if len(shard) < FEWEST_NEW * len(seeds):
-                    reporter.say("the prompts bring nothing new any more")
-                    return
-            reporter.say("every prompt is used")
-        finally:
-            generator.close()
+    with (
+        limited_memory(generators.LESS_MEMORY),
+        contextlib.closing(
+            generators.start(
+                settings.generator,
+                writer,
+                dtype=dtype_of(settings.dtype, device),
+                max_length=min(manner.max_length + 8, config.max_position_embeddings),
+                device=device,
+            )
+        ) as generator,
+    ):
+        started, before = time.monotonic(), total
+        for index, seeds in itertools.chain([first], left):
+            reporter.progress("writing", total, settings.tokens)
+            if not settings.prompts:  # There is no end of these: no more than are wanted.
+                wanted = math.ceil((settings.tokens - total) / FEWEST_TOKENS)
+                seeds = seeds[: max(wanted, FEWEST_TALKS)]
+            talks = converse(
+                seeds, generator, tokenizer, manner, may_use=may_use, seed=settings.seed
+            )
+            shard = folder.save(index, talks, seen)
+            total += shard.written
+            reporter.progress("writing", total, settings.tokens)
+            rate = (total - before) / (time.monotonic() - started)
+            reporter.say(
+                f"shard {index}: {len(shard)} conversations, {total:,} of "
+                f"{settings.tokens:,} tokens, {rate:.0f} tokens/s"
+            )
+            if total >= settings.tokens:
+                return
+            if len(shard) < FEWEST_NEW * len(seeds):
+                reporter.say("the prompts bring nothing new any more")
+                return
+        reporter.say("every prompt is used")
 
 
 def _seed_batches(settings: Settings) -> Iterator[tuple[int, Sequence[Seed]]]:

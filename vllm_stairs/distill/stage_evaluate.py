@@ -1,5 +1,6 @@
 """The stage ``evaluate``: what a target keeps of a draft, on any prompts."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -60,18 +61,19 @@ def greedy_texts(
                 f"prompts and answers of up to {longest} tokens: the target goes up to {room}; "
                 "lower --judge-tokens, or give shorter prompts"
             )
-        with limited_memory("lower --judge-tokens, or give shorter prompts"):
-            generator = generators.start(
-                settings.generator,
-                settings.target,
-                dtype="float32",
-                max_length=min(longest + 8, room),
-                device=device_of(settings.device),
-            )
-            try:
-                written = generator.write([Request(tuple(r), tokens) for r in rendered])
-            finally:
-                generator.close()
+        with (
+            limited_memory("lower --judge-tokens, or give shorter prompts"),
+            contextlib.closing(
+                generators.start(
+                    settings.generator,
+                    settings.target,
+                    dtype="float32",
+                    max_length=min(longest + 8, room),
+                    device=device_of(settings.device),
+                )
+            ) as generator,
+        ):
+            written = generator.write([Request(tuple(r), tokens) for r in rendered])
         saved = [
             {
                 "group": p.group,

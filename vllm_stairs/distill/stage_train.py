@@ -39,8 +39,9 @@ def check_training(settings: Settings, shape: DraftShape, recipe: "Recipe") -> N
         return
     chosen = _chosen(settings, shape, recipe)
     found = different_settings(work / TRAINING_FILE, chosen) or []
-    if not chosen.keys().isdisjoint(found):
-        raise DistillError(another_run(work, "the training", sorted(chosen.keys() & {*found})))
+    # What else is noted there is not known before the data are.
+    if different := [name for name in found if name in chosen]:
+        raise DistillError(another_run(work, "the training", different))
 
 
 def _chosen(settings: Settings, shape: DraftShape, recipe: "Recipe") -> dict[str, Any]:

@@ -61,7 +61,9 @@ def test_figures_of_plain_decoding():
     assert figures["itl_ms"]["p99"] == 1000
     assert figures["tpot_ms"]["mean"] == 1000
     assert figures["mean_context_tokens"] == 5
-    assert figures["groups"]["g1"] == {"requests": 1, "tokens": 3, "steps": 3}
+    assert figures["groups"]["g1"] == {
+        "requests": 1, "tokens": 3, "steps": 3, "output_tokens": 4, "seconds": 4.0,
+    }  # fmt: skip
 
 
 def test_acceptance_length_counts_tokens_per_step_without_the_prefill():
@@ -99,3 +101,58 @@ def test_a_request_without_a_token_is_an_error():
 
     with pytest.raises(BenchError, match="ended without a token"):
         measure.summarise(run(Silent(), work(1), 1))
+
+
+class World:
+    """A clock that time passes on while other arms have their turns."""
+
+    def __init__(self, engine):
+        self.engine, self.elsewhere, self.calls = engine, 0.0, []
+
+    def clock(self):
+        return self.engine.now + self.elsewhere
+
+    def pause(self):
+        self.calls.append("pause")
+
+    def resume(self):
+        self.calls.append("resume")
+
+
+def test_a_pass_in_turns_has_the_figures_of_one_without():
+    whole = measure.summarise(run(FakeEngine(), work(5), 2))
+    world = World(FakeEngine())
+    loop = measure.Loop(world.engine, work(5), 2, clock=world.clock)
+    for turn in range(1, 5):
+        world.elsewhere += 1000.0
+        resume = world.resume if turn > 1 else None
+        loop.run(20 * turn / 4, resume=resume, pause=world.pause)
+    assert loop.done
+    figures = measure.summarise(loop.result())
+    turns = figures.pop("turns")
+    assert whole.pop("turns") == [(20, 12.0)]
+    assert figures == whole
+    assert [tokens for tokens, _ in turns] == [6, 4, 6, 4]  # A step of two is not cut.
+    assert sum(seconds for _, seconds in turns) == figures["seconds"]
+    # The last turn ends with the pass: nothing is left to be held.
+    assert world.calls == ["pause", "resume", "pause", "resume", "pause", "resume"]
+
+
+def test_what_an_engine_does_until_it_stands_still_is_part_of_the_turn():
+    world = World(FakeEngine())
+
+    def pause():
+        world.engine.now += 0.5
+
+    loop = measure.Loop(world.engine, work(1), 1, clock=world.clock)
+    loop.run(2, pause=pause)
+    world.elsewhere += 100.0
+    loop.run()
+    assert loop.result().turns == [(2, 2.5), (2, 2.0)]
+
+
+def test_groups_know_how_long_their_requests_took():
+    groups = measure.summarise(run(FakeEngine(), work(4), 2))["groups"]
+    assert groups["g0"] == {
+        "requests": 2, "tokens": 6, "steps": 6, "output_tokens": 8, "seconds": 8.0,
+    }  # fmt: skip

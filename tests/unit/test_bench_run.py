@@ -72,6 +72,21 @@ class FakeArm:
         last = FakeArm.wrong.get(self.arm.label, 3)
         return [[1, {"1": -0.1, "2": -3.0}], [last, {"3": -0.69, "4": -0.6900001}]]
 
+    def freeze(self):
+        FakeArm.calls.append((self.arm.label, "freeze", {}))
+
+    def begin(self, **arguments):
+        self.begun, self.turns = arguments, 0
+
+    def turn(self, until_tokens):
+        self.turns += 1
+        return until_tokens is None
+
+    def end(self):
+        figures = self.measure(**self.begun, profile=False)
+        del figures["profile"]
+        return {**figures, "turns": [[4, 1.0]] * self.turns}
+
     def measure(self, work, batch, temperature, profile, **_):
         last = FakeArm.wrong.get(self.arm.label, 3)
         names = [f"{item['id']}/0" for item in work]
@@ -139,6 +154,56 @@ def timed():
         for label, name, arguments in FakeArm.calls
         if name == "measure" and not arguments["profile"] and arguments["output_tokens"] > 16
     ]
+
+
+def test_turns_are_interleaved(bench):
+    made, reporter = bench(turns=3)
+    result = made.execute()
+    assert len(result.measurements) == 2 * 2 * 3
+    assert reporter.passes == reporter.expected
+    turns = [
+        (label, arguments["until_tokens"])
+        for label, name, arguments in FakeArm.calls
+        if name == "turn"
+    ]
+    cells = [turns[start : start + 9] for start in range(0, len(turns), 9)]
+    labels = {"plain", "draft_model:k=2", "stairs:k=2"}
+    for cell in cells:
+        for number, until in enumerate((128, 256, None)):
+            part = cell[3 * number : 3 * number + 3]
+            assert {label for label, _ in part} == labels
+            assert {tokens for _, tokens in part} == {until}  # Of 4 requests of 96 tokens.
+    assert len({tuple(cell) for cell in cells}) > 1  # Orders are drawn.
+    # Nobody looks for work while another one has its turn.
+    for (label, name, _), (after, then, _) in itertools.pairwise(FakeArm.calls):
+        if name == "turn":
+            assert (after, then) == (label, "freeze")
+    row = result.summary[1]
+    assert row["ratio_to_plain"]["noise"] == 0
+
+
+def test_resumed_turns_measure_what_is_missing(bench):
+    made, _ = bench(turns=2)
+    FakeArm.fail_at = 40
+    with pytest.raises(KeyboardInterrupt):
+        made.execute()
+    kept = results.load(made.output).measurements
+    assert len(kept) % 3 == 0
+    FakeArm.fail_at = None
+    made, reporter = bench(turns=2, options={"resume": True})
+    result = made.execute()
+    assert result.measurements[: len(kept)] == kept
+    assert len(result.measurements) == 12
+    assert reporter.passes == reporter.expected
+
+
+def test_turns_need_all_arms_alive(bench):
+    with pytest.raises(BenchError, match="does not go with --sequential"):
+        bench(turns=2, options={"sequential": True})
+    with pytest.raises(BenchError, match="--turns must be at least 1"):
+        bench(turns=0)
+    with pytest.raises(BenchError, match="does not go with --online"):
+        bench(turns=2, online=True, request_rates=(1.0,))
 
 
 def test_repeats_are_interleaved(bench):
@@ -335,6 +400,21 @@ def test_the_clients_json_is_read_and_checked(tmp_path):
 def test_an_interrupted_recording_is_resumed_and_written_anew(bench, tmp_path, monkeypatch):
     record = tmp_path / "with,comma.jsonl"
     written = []
+
+    def freeze(self):
+        FakeArm.calls.append((self.arm.label, "freeze", {}))
+
+    def begin(self, **arguments):
+        self.begun, self.turns = arguments, 0
+
+    def turn(self, until_tokens):
+        self.turns += 1
+        return until_tokens is None
+
+    def end(self):
+        figures = self.measure(**self.begun, profile=False)
+        del figures["profile"]
+        return {**figures, "turns": [[4, 1.0]] * self.turns}
 
     def measure(self, work, batch, temperature, profile, **_):
         if self.arm.label == "record":

@@ -108,6 +108,38 @@ def test_tables_are_made_from_the_measurements_of_the_file(tmp_path, capsys):
     assert "25.0+50.0+10.0+15.0" in capsys.readouterr().out
 
 
+def served_in_turns(arm, repeat, turns):
+    tokens, seconds = (sum(column) for column in zip(*turns, strict=True))
+    made = {**measurement(arm), "repeat": repeat, "turns": turns, "tokens_per_s": tokens / seconds}
+    made["groups"]["qa"].update(output_tokens=tokens, seconds=seconds)
+    return made
+
+
+def test_turns_tell_the_noise_of_a_ratio_and_passes_the_ratio(capsys):
+    """The machine gets slower from turn to turn, for both arms alike."""
+    pytest.importorskip("rich")
+    passes = []
+    for repeat, slow in enumerate((1.0, 3.0)):
+        paces = [slow * (1 + number) for number in range(4)]
+        passes.append(served_in_turns("plain", repeat, [[10, pace] for pace in paces]))
+        passes.append(served_in_turns(ARMS[1], repeat, [[12, pace] for pace in paces]))
+    result = example([], turns=4)
+    result.arms = {"plain": {"method": "plain"}, **result.arms}
+    result.measurements = passes
+    result.summary = summarise(result)
+    ratio = result.summary[1]["ratio_to_plain"]
+    assert ratio["median"] == pytest.approx(1.2)
+    assert ratio["noise"] == pytest.approx(0.0, abs=1e-9)
+    assert result.summary[1]["ratio_to_plain_by_group"] == {"qa": pytest.approx(1.2)}
+    # One turn that took twice as long is noise.
+    passes[1]["turns"][2][1] *= 2
+    assert summarise(result)[1]["ratio_to_plain"]["noise"] > 0.2
+    report.show(result)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "interleaved in 4 turns each." in printed
+    assert "requests of a group against plain" in printed
+
+
 def draft_ms(batch, config, speculation, staircases, **changes):
     made = example(
         [measurement("stairs:k=4", batch, speculation, staircases)],

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_stairs.bench.arms import Arm
-from vllm_stairs.bench.environment import end_process_group
+from vllm_stairs.bench.environment import end_process_group, guard
 from vllm_stairs.bench.errors import BenchError
 
 PROBE = "vllm_stairs.bench.probe.Probe"
@@ -48,6 +50,8 @@ class ArmClient:
             start_new_session=True,
         )
         theirs.close()
+        self._guard = guard(self._process)
+        self._frozen = False
         self._socket = ours
         self._stream = ours.makefile("rw", encoding="utf-8")
         arguments = {**engine, "worker_extension_cls": PROBE, "disable_log_stats": False}
@@ -63,17 +67,32 @@ class ArmClient:
 
     def call(self, name: str, **arguments: Any) -> Any:
         """Run one command of :class:`vllm_stairs.bench.arm_process.ArmEngine`."""
+        self._thaw()
         self._send({"do": name, **arguments})
         return self._receive(name)
+
+    def freeze(self) -> None:
+        """Stop the arm's processes until its next command: idle ones look for work for a while,
+        at the cost of whoever is measured."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        self._frozen = True
+
+    def _thaw(self) -> None:
+        if self._frozen:
+            os.killpg(self._process.pid, signal.SIGCONT)
+            self._frozen = False
 
     def close(self) -> None:
         """End the process and everything it started."""
         with contextlib.suppress(OSError, ValueError):
+            self._thaw()
             self._send({"do": "stop"})
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         end_process_group(self._process)
+        self._guard.kill()
+        self._guard.communicate()
         self._log_file.close()
 
     def _send(self, command: dict[str, Any]) -> None:

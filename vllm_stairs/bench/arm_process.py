@@ -6,6 +6,7 @@ answer is one line, ``{"ok": ...}`` or ``{"error": "one line"}``.
 """
 
 import json
+import math
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_stairs.bench.measure import Output, Work, run_pass, summarise
+from vllm_stairs.bench.measure import Loop, Output, Work, summarise
 
 SPEC_COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts",
@@ -36,6 +37,9 @@ class ArmEngine:
         self.temperature = 0.0
         self.output_tokens = 1
         self.ignore_eos = True
+        self.loop: Loop
+        self.before: dict[str, Any] = {}
+        self.paused = False
 
     # The loop's two methods.
 
@@ -81,7 +85,18 @@ class ArmEngine:
             **facts,
         }
 
-    def measure(
+    def measure(self, profile: bool = False, **arguments: Any) -> dict[str, Any]:
+        """One pass, see :meth:`begin`; with timers in the worker where ``profile`` is set."""
+        if profile:
+            self.llm.collective_rpc("bench_profile_start")
+        try:
+            self.begin(**arguments)
+            self.turn(None)
+        finally:
+            profiled = self.llm.collective_rpc("bench_profile_stop")[0] if profile else None
+        return {**self.end(), "profile": profiled}
+
+    def begin(
         self,
         work: list[dict[str, Any]],
         batch: int,
@@ -89,9 +104,8 @@ class ArmEngine:
         output_tokens: int,
         seed: int,
         ignore_eos: bool,
-        profile: bool = False,
-    ) -> dict[str, Any]:
-        """One pass over the prompts, with an empty prefix cache."""
+    ) -> None:
+        """Get a pass over the prompts ready, with an empty prefix cache."""
         self.temperature, self.output_tokens = temperature, output_tokens
         self.ignore_eos = ignore_eos
         items = [
@@ -99,21 +113,43 @@ class ArmEngine:
             for w in work
         ]
         self.llm.reset_prefix_cache()
-        before = self._counters()
-        if profile:
-            self.llm.collective_rpc("bench_profile_start")
-        try:
-            outcome = run_pass(self, items, batch, seed=seed, follow_up=self._follow_up)
-        finally:
-            profiled = self.llm.collective_rpc("bench_profile_stop")[0] if profile else None
+        self.before = self._counters()
+        self.loop = Loop(self, items, batch, seed=seed, follow_up=self._follow_up)
+
+    def turn(self, until_tokens: int | None) -> bool:
+        """Serve until the pass has written so many tokens (None: to its end).
+
+        An engine that is to wait is held between two steps, its requests kept, by vLLM's own
+        pause; it would go on else.
+
+        Returns:
+            Whether the pass is done.
+        """
+        self.loop.run(
+            math.inf if until_tokens is None else until_tokens,
+            resume=self._resume if self.paused else None,
+            pause=self._pause,
+        )
+        return self.loop.done
+
+    def end(self) -> dict[str, Any]:
+        """The figures of the pass that is done."""
+        outcome = self.loop.result()
         figures = summarise(outcome)
-        figures["speculation"] = _difference(before, self._counters())
-        figures["profile"] = profiled
+        figures["speculation"] = _difference(self.before, self._counters())
         figures["outputs"] = {request.id: request.tokens for request in outcome.requests}
         figures["later_prompts"] = {
             request.id: list(request.prompt) for request in outcome.requests if request.turn
         }
         return figures
+
+    def _pause(self) -> None:
+        self.llm.sleep(level=0, mode="keep")
+        self.paused = True
+
+    def _resume(self) -> None:
+        self.llm.wake_up(tags=["scheduling"])
+        self.paused = False
 
     def logprobs(self, tokens: list[int], output_tokens: int, ignore_eos: bool) -> list[Any]:
         """Greedy again, alone and with log-probabilities: ``[token, {id: logprob}]`` a position."""

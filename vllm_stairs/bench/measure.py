@@ -1,10 +1,12 @@
 """One timed pass: a closed loop that keeps a fixed number of requests in flight.
 
 The same loop, order, seeds and token numbers for every arm. It speaks to an engine through
-two methods, so it is tested without one.
+two methods, so it is tested without one. A pass may be served in several *turns*, between which
+other arms have theirs; its clock stands still meanwhile.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +72,8 @@ class Pass:
 
     seconds: float
     requests: list[RequestRecord]
+    turns: list[tuple[int, float]]
+    """Tokens and seconds of each turn; one turn where the pass was not interrupted."""
 
     @property
     def output_tokens(self) -> int:
@@ -81,16 +85,30 @@ FollowUp = Callable[[Work, Sequence[list[int]]], Sequence[int] | None]
 """Given a conversation and the answers so far, the next prompt; None ends it."""
 
 
-def run_pass(
-    engine: Engine,
-    work: Sequence[Work],
-    batch: int,
-    *,
-    seed: int = 0,
-    follow_up: FollowUp | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Pass:
-    """Serve all of ``work`` with ``batch`` requests in flight, in order.
+class Stopwatch:
+    """A clock that runs between :meth:`start` and :meth:`stop` only."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._before = 0.0
+        self._started: float | None = None
+
+    def __call__(self) -> float:
+        """Seconds so far."""
+        running = 0.0 if self._started is None else self._clock() - self._started
+        return self._before + running
+
+    def start(self) -> None:
+        """Go on."""
+        self._started = self._clock()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self._before, self._started = self(), None
+
+
+class Loop:
+    """A pass under way: all of ``work`` with ``batch`` requests in flight, in order.
 
     Args:
         engine: the arm.
@@ -100,41 +118,106 @@ def run_pass(
         follow_up: builds the later turns of conversations that have any.
         clock: seconds; replaced in tests.
     """
-    waiting = list(enumerate(work))[::-1]
-    running: dict[str, tuple[int, RequestRecord, list[list[int]]]] = {}
-    done: list[RequestRecord] = []
-    start = clock()
 
-    def send(
-        index: int, item: Work, tokens: Sequence[int], turn: int, answers: list[list[int]]
+    def __init__(
+        self,
+        engine: Engine,
+        work: Sequence[Work],
+        batch: int,
+        *,
+        seed: int = 0,
+        follow_up: FollowUp | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        record = RequestRecord(item, turn, tokens, submitted=clock())
-        running[record.id] = (index, record, answers)
-        engine.submit(record.id, tokens, seed + index)
+        self._engine = engine
+        self._batch = batch
+        self._seed = seed
+        self._follow_up = follow_up
+        self._waiting = list(enumerate(work))[::-1]
+        self._running: dict[str, tuple[int, RequestRecord, list[list[int]]]] = {}
+        self._done: list[RequestRecord] = []
+        self._turns: list[tuple[int, float]] = []
+        self._written = 0
+        self.watch = Stopwatch(clock)
 
-    while waiting or running:
-        while waiting and len(running) < batch:
-            index, item = waiting.pop()
-            send(index, item, item.tokens, 0, [])
-        outputs = engine.step()
-        now = clock()
+    @property
+    def done(self) -> bool:
+        """Whether every request has ended."""
+        return not (self._waiting or self._running)
+
+    def run(
+        self,
+        until_tokens: float = math.inf,
+        *,
+        resume: Callable[[], Any] | None = None,
+        pause: Callable[[], Any] | None = None,
+    ) -> None:
+        """Serve, until the pass has written so many tokens or is done: one turn.
+
+        Args:
+            until_tokens: since the pass began.
+            resume: lets the engine go on, before the clock does.
+            pause: holds the engine; what it does until it stands still is this turn's.
+        """
+        if resume is not None:
+            resume()
+        began, written_before = self.watch(), self._written
+        self.watch.start()
+        while not self.done and self._written < until_tokens:
+            while self._waiting and len(self._running) < self._batch:
+                index, item = self._waiting.pop()
+                self._send(index, item, item.tokens, 0, [])
+            self._take(self._engine.step())
+        if pause is not None and not self.done:
+            pause()
+        self.watch.stop()
+        self._turns.append((self._written - written_before, self.watch() - began))
+
+    def result(self) -> Pass:
+        """The pass, when it is done."""
+        return Pass(self.watch(), self._done, self._turns)
+
+    def _send(
+        self, index: int, item: Work, tokens: Sequence[int], turn: int, answers: list[list[int]]
+    ) -> None:
+        record = RequestRecord(item, turn, tokens, submitted=self.watch())
+        self._running[record.id] = (index, record, answers)
+        self._engine.submit(record.id, tokens, self._seed + index)
+
+    def _take(self, outputs: Sequence[Output]) -> None:
+        now = self.watch()
         for output in outputs:
-            index, record, answers = running[output.request_id]
+            index, record, answers = self._running[output.request_id]
             if output.new_tokens:
                 record.stamps.append(now)
                 record.tokens.extend(output.new_tokens)
                 record.first_tokens = record.first_tokens or len(record.tokens)
+                self._written += len(output.new_tokens)
             if not output.finished:
                 continue
-            del running[output.request_id]
-            done.append(record)
+            del self._running[output.request_id]
+            self._done.append(record)
             turn = record.turn + 1
-            if turn < len(record.work.turns) and follow_up is not None:
+            if turn < len(record.work.turns) and self._follow_up is not None:
                 answers = [*answers, record.tokens]
-                tokens = follow_up(record.work, answers)
+                tokens = self._follow_up(record.work, answers)
                 if tokens is not None:
-                    send(index, record.work, tokens, turn, answers)
-    return Pass(clock() - start, done)
+                    self._send(index, record.work, tokens, turn, answers)
+
+
+def run_pass(
+    engine: Engine,
+    work: Sequence[Work],
+    batch: int,
+    *,
+    seed: int = 0,
+    follow_up: FollowUp | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Pass:
+    """Serve all of ``work`` without interruption; arguments as of :class:`Loop`."""
+    loop = Loop(engine, work, batch, seed=seed, follow_up=follow_up, clock=clock)
+    loop.run()
+    return loop.result()
 
 
 def digest(tokens: Sequence[int]) -> str:
@@ -147,12 +230,13 @@ def summarise(result: Pass) -> dict[str, Any]:
 
     ``acceptance_length`` is taken from the stamps, the same way for every arm: tokens per
     engine step and request, the prefill's own token left out. It counts the target's own
-    token and the steps without a draft. Times are in milliseconds.
+    token and the steps without a draft. Times are in milliseconds, ``seconds`` apart: of the
+    whole pass, of each turn, and for each group of its requests' together.
     """
     ttft: list[float] = []
     gaps: list[float] = []
     per_token: list[float] = []
-    groups: dict[str, dict[str, int]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for request in result.requests:
         if not request.stamps:
             raise BenchError(f"request {request.id} ended without a token")
@@ -161,8 +245,13 @@ def summarise(result: Pass) -> dict[str, Any]:
         later = len(request.tokens) - request.first_tokens
         if later:
             per_token.append((request.stamps[-1] - request.stamps[0]) / later)
-        group = groups.setdefault(request.work.group, {"requests": 0, "tokens": 0, "steps": 0})
+        group = groups.setdefault(
+            request.work.group,
+            {"requests": 0, "tokens": 0, "steps": 0, "output_tokens": 0, "seconds": 0.0},
+        )
         group["requests"] += 1
+        group["output_tokens"] += len(request.tokens)
+        group["seconds"] += request.stamps[-1] - request.submitted
         group["tokens"] += later
         group["steps"] += len(request.stamps) - 1
     steps = sum(group["steps"] for group in groups.values())
@@ -182,6 +271,7 @@ def summarise(result: Pass) -> dict[str, Any]:
         "mean_context_tokens": sum(len(r.prompt) + len(r.tokens) / 2 for r in result.requests)
         / count,
         "groups": groups,
+        "turns": result.turns,
         "digests": {request.id: digest(request.tokens) for request in result.requests},
     }
 

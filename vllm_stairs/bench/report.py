@@ -91,11 +91,13 @@ def show(result: Result, out: Any | None = None) -> None:
     out = out or console()
     summary, settings = result.summary, result.settings
     prompts = result.prompts
+    turns = settings.get("turns") or 1
     groups = ", ".join(f"{count} {name}" for name, count in sorted(prompts["groups"].items()))
     out.print(
         f"Target {settings['target']}, draft {settings.get('draft') or 'none'}; "
         f"{prompts['count']} prompts ({groups}) x {settings['output_tokens']} tokens, "
-        f"{settings['repeats']} repeats, interleaved.",
+        f"{settings['repeats']} repeats, interleaved"
+        f"{f' in {turns} turns each' if turns > 1 else ''}.",
         markup=False,
     )
     if settings.get("eager"):
@@ -108,6 +110,8 @@ def show(result: Result, out: Any | None = None) -> None:
             out.print(_limits(rows, result, title))
         if any(row["acceptance_per_position"] for row in rows):
             out.print(_acceptance(rows, title))
+        if any(row["method"] != "plain" and row["ratio_to_plain_by_group"] for row in rows):
+            out.print(_groups(rows, title))
     if result.online:
         out.print(_online(result))
     out.print(_arms(result))
@@ -278,6 +282,24 @@ def _acceptance(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
                 " ".join(str(count) for count in row["heights"] or []),
                 " ".join(f"{name} {length:.2f}" for name, length in by_group),
             )
+    return table
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    names = sorted({name for row in rows for name in row["ratio_to_plain_by_group"] or {}})
+    table = _table(
+        f"requests of a group against plain, {title} (tokens over the time from sending a request "
+        "to its last token)",
+        "batch",
+        "arm",
+        *names,
+    )
+    compared = (r for r in rows if r["method"] != "plain" and r["ratio_to_plain_by_group"])
+    for row in _by_batch(compared, table):
+        ratios = row["ratio_to_plain_by_group"]
+        table.add_row(
+            str(row["batch"]), row["arm"], *(_number(ratios.get(n), "{:.3f}") for n in names)
+        )
     return table
 
 

@@ -1,6 +1,8 @@
 """``bench run``: all arms on the same prompts, in turn, with what is needed to judge them."""
 
+import math
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +76,8 @@ class Run:
         self.settings = settings
         self.output = output
         self.reporter = reporter
+        if sequential and settings.turns > 1:
+            raise BenchError("--turns needs all arms alive: it does not go with --sequential")
         self.sequential = sequential
         self.record = record
         self.record_height = record_height
@@ -90,6 +94,8 @@ class Run:
         self.together = together
         divided = settings.kv_cache_gib or "gpu_memory_utilization" in dict(settings.engine)
         if not (self.cpu or divided or sequential) and len(self.arms) > 1:
+            if settings.turns > 1:
+                raise BenchError("--turns needs all arms alive: give --kv-cache-gib")
             self.sequential = True
             reporter.note(
                 "each engine takes most of the accelerator's memory: one at a time "
@@ -218,6 +224,9 @@ class Run:
             return
         with self._alive(self.arms) as clients:
             for repeat, cell in rounds:
+                if settings.turns > 1:
+                    self._measure_in_turns(clients, repeat, *cell)
+                    continue
                 for client in clients:
                     self._measure(client, repeat, *cell)
             self._finish(clients)
@@ -229,19 +238,68 @@ class Run:
         if self.result.has(**key):
             self.reporter.done()
             return
+        self._warm_up(client, batch, temperature)
+        self._say_cell(label, repeat, batch, temperature)
+        time.sleep(SETTLE_SECONDS)
+        self._keep(key, self._pass(client, batch, temperature, self.work))
+
+    def _measure_in_turns(
+        self, clients: Sequence[ArmClient], repeat: int, batch: int, temperature: float
+    ) -> None:
+        """One pass of every arm, in turns, in an order that is drawn for each turn.
+
+        All arms but one are stopped. The passes of a cell are kept together or not at all.
+        """
+        key = {"batch": batch, "temperature": temperature, "repeat": repeat}
+        if self.result.has(**key):
+            for _ in clients:
+                self.reporter.done()
+            return
+        for client in clients:
+            self._warm_up(client, batch, temperature)
+            client.freeze()
+        self._say_cell("all arms in turns", repeat, batch, temperature)
+        for client in clients:
+            client.call("begin", **self._pass_arguments(batch, temperature, self.work))
+            client.freeze()
+        turns = self.settings.turns
+        talks = sum(len(item["turns"]) if self.settings.all_turns else 1 for item in self.work)
+        order = random.Random(f"{self.settings.seed}/{key}")
+        left = list(clients)
+        for turn in range(1, turns + 1):
+            until = None
+            if turn < turns:
+                until = math.ceil(talks * self.settings.output_tokens * turn / turns)
+            order.shuffle(left)
+            for client in list(left):
+                if client.call("turn", until_tokens=until):
+                    left.remove(client)
+                client.freeze()
+        found = []
+        for client in clients:
+            found.append(client.call("end"))
+            client.freeze()
+        for client, figures in zip(clients, found, strict=True):
+            self._keep({"arm": client.arm.label, **key}, figures)
+
+    def _warm_up(self, client: ArmClient, batch: int, temperature: float) -> None:
         if (client, batch) not in self.warm:
-            self.reporter.doing(f"{label}: warm-up, batch {batch}")
+            self.reporter.doing(f"{client.arm.label}: warm-up, batch {batch}")
             self._pass(client, batch, temperature, self.work[:batch], WARM_UP_TOKENS)
             self.warm.add((client, batch))
+
+    def _say_cell(self, who: str, repeat: int, batch: int, temperature: float) -> None:
         self.reporter.doing(
-            f"{label}: batch {batch}, temperature {temperature:g}, "
+            f"{who}: batch {batch}, temperature {temperature:g}, "
             f"repeat {repeat + 1} of {self.settings.repeats}"
         )
-        time.sleep(SETTLE_SECONDS)
-        figures = self._pass(client, batch, temperature, self.work)
+
+    def _keep(self, key: Mapping[str, Any], figures: dict[str, Any]) -> None:
+        """Put the figures of a pass into the result."""
+        label, batch, temperature = key["arm"], key["batch"], key["temperature"]
         outputs = figures.pop("outputs")
         self.later_prompts.update(figures.pop("later_prompts"))
-        figures.pop("profile")
+        figures.pop("profile", None)
         if temperature == 0:
             self.outputs.setdefault((label, batch, temperature), outputs)
         self.result.measurements.append({**key, **figures})
@@ -281,17 +339,25 @@ class Run:
         output_tokens: int | None = None,
         profile: bool = False,
     ) -> dict[str, Any]:
-        figures: dict[str, Any] = client.call(
-            "measure",
-            work=work,
-            batch=batch,
-            temperature=temperature,
-            output_tokens=min(output_tokens or 10**9, self.settings.output_tokens),
-            seed=self.settings.seed,
-            ignore_eos=not self.settings.stop_at_eos,
-            profile=profile,
-        )
+        arguments = self._pass_arguments(batch, temperature, work, output_tokens)
+        figures: dict[str, Any] = client.call("measure", **arguments, profile=profile)
         return figures
+
+    def _pass_arguments(
+        self,
+        batch: int,
+        temperature: float,
+        work: Sequence[dict[str, Any]],
+        output_tokens: int | None = None,
+    ) -> dict[str, Any]:
+        return {
+            "work": work,
+            "batch": batch,
+            "temperature": temperature,
+            "output_tokens": min(output_tokens or 10**9, self.settings.output_tokens),
+            "seed": self.settings.seed,
+            "ignore_eos": not self.settings.stop_at_eos,
+        }
 
     def _finish(self, clients: Sequence[ArmClient]) -> None:
         """After the timed passes: profiled passes, peak memory."""

@@ -49,6 +49,9 @@ class Settings:
     batches: tuple[int, ...] = DEFAULT_BATCHES
     temperatures: tuple[float, ...] = (0.0,)
     repeats: int = 3
+    turns: int = 1
+    """Into how many parts of equally many tokens a pass is cut, between which all arms take
+    turns; 1: arms take turns in whole passes."""
     output_tokens: int = 96
     stop_at_eos: bool = False
     dtype: str = "auto"
@@ -63,7 +66,12 @@ class Settings:
     request_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("repeats", 1), ("output_tokens", 2), ("tensor_parallel_size", 1)):
+        for name, least in (
+            ("repeats", 1),
+            ("turns", 1),
+            ("output_tokens", 2),
+            ("tensor_parallel_size", 1),
+        ):
             if getattr(self, name) < least:
                 raise BenchError(f"--{name.replace('_', '-')} must be at least {least}")
         if not self.batches or min(self.batches) < 1:
@@ -81,6 +89,8 @@ class Settings:
             raise BenchError("--kv-cache-gib must be a number above 0")
         if self.online and not (self.request_rates and all(r > 0 for r in self.request_rates)):
             raise BenchError("--online needs --request-rates above 0, for example 1 2 inf")
+        if self.online and self.turns > 1:
+            raise BenchError("--turns does not go with --online: a server cannot be held")
         if self.request_rates and not self.online:
             raise BenchError("--request-rates belong to --online")
         keys = [key for key, _ in self.engine]

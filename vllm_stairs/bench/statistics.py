@@ -90,15 +90,19 @@ def t_quantile(degrees: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
-def paired_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
+def paired_ratio(
+    values: Sequence[float], base: Sequence[float], finer: Sequence[float] = ()
+) -> Ratio:
     """The ratio of two arms whose repeats were interleaved.
 
     Args:
         values: one figure a repeat, of the arm in question.
         base: the figures of the arm it is compared with, in the same repeats: what slows the
             machine for a while slows both of a pair.
+        finer: the ratios of the parts that the arms took in turns, where they did: there are
+            more of them, and each pair lies closer together, so they tell the noise.
     """
     if len(values) != len(base) or not values:
         raise ValueError("paired_ratio needs two equally long, non-empty series")
     ratios = [value / reference for value, reference in zip(values, base, strict=True)]
-    return Ratio(median(ratios), min(ratios), max(ratios), repeat_noise(ratios))
+    return Ratio(median(ratios), min(ratios), max(ratios), repeat_noise(finer or ratios))

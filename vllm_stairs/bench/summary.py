@@ -35,6 +35,7 @@ def summarise(result: Result) -> list[dict[str, Any]]:
                         "temperature": temperature,
                         **_figures(by_arm[label]),
                         "ratio_to_plain": _ratio(by_arm, label, plain),
+                        "ratio_to_plain_by_group": _group_ratios(by_arm, label, plain),
                         "best_draft_model": stock,
                         "ratio_to_best_draft_model": _ratio(by_arm, label, stock),
                         "identity": _identity(result, label, batch, temperature),
@@ -112,14 +113,49 @@ def _ratio(
 ) -> dict[str, Any] | None:
     if base is None:
         return None
-    ours = {m["repeat"]: m["tokens_per_s"] for m in by_arm[label]}
-    theirs = {m["repeat"]: m["tokens_per_s"] for m in by_arm[base]}
+    ours = {m["repeat"]: m for m in by_arm[label]}
+    theirs = {m["repeat"]: m for m in by_arm[base]}
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return None
     if label == base:
         return asdict(Ratio(1.0, 1.0, 1.0, 0.0))
-    return asdict(paired_ratio([ours[r] for r in common], [theirs[r] for r in common]))
+    return asdict(
+        paired_ratio(
+            [ours[r]["tokens_per_s"] for r in common],
+            [theirs[r]["tokens_per_s"] for r in common],
+            [ratio for r in common for ratio in _turn_ratios(ours[r], theirs[r])],
+        )
+    )
+
+
+def _turn_ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[float]:
+    """Of two passes that were served in turns: the same part of the work in each pair."""
+    turns = [m.get("turns", []) for m in (ours, theirs)]
+    if min(map(len, turns)) < 2:
+        return []
+    return [
+        tokens / seconds / (base_tokens / base_seconds)
+        for (tokens, seconds), (base_tokens, base_seconds) in zip(*turns, strict=False)
+        if tokens and base_tokens
+    ]
+
+
+def _group_ratios(
+    by_arm: Mapping[str, Sequence[Mapping[str, Any]]], label: str, base: str | None
+) -> dict[str, float] | None:
+    """By group of prompts: how much sooner its requests were done, medians over the repeats."""
+    if base is None:
+        return None
+    theirs = {m["repeat"]: m["groups"] for m in by_arm[base]}
+    found: dict[str, list[float]] = {}
+    for measurement in by_arm[label]:
+        for name, group in measurement["groups"].items():
+            other = theirs.get(measurement["repeat"], {}).get(name)
+            if other and group.get("seconds") and other.get("seconds"):
+                speeds = [g["output_tokens"] / g["seconds"] for g in (group, other)]
+                found.setdefault(name, []).append(speeds[0] / speeds[1])
+    return {name: median(ratios) for name, ratios in found.items()} or None
 
 
 def _identity(result: Result, label: str, batch: int, temperature: float) -> str | None:

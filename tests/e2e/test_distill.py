@@ -247,6 +247,45 @@ def test_an_on_policy_round_and_given_text(
     assert (tmp_path / "draft" / "model.safetensors").read_bytes() == before
 
 
+def test_a_draft_is_gone_on_with(
+    made: tuple[Path, str],
+    common: list[object],
+    tiny: TinyModels,
+    tmp_path: Path,
+    carried_out: Callable[..., str],
+    refused: Callable[..., str],
+) -> None:
+    out, _ = made
+    work = tmp_path / "work"
+    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    layers = common.index("--layers")
+    shapeless = [*common[:layers], *common[layers + 2 :]]
+    given = ["train", *shapeless, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.5"]
+    before = (out / "model.safetensors").read_bytes()
+    carried_out(*given, "--start-from", out)
+    assert (out / "model.safetensors").read_bytes() == before
+    first, further = (
+        json.loads((folder / "distill.json").read_text()) for folder in (out, tmp_path / "draft")
+    )
+    # It begins where the other one ended, and is of its shape.
+    best = max(point["eval_acceptance_length"] for point in first["curve"])
+    assert further["curve"][0]["eval_acceptance_length"] == pytest.approx(best)
+    assert further["shape"]["layers"] == first["shape"]["layers"]
+    assert "gone on with from the draft `draft`" in (tmp_path / "draft" / "README.md").read_text()
+
+    assert "another run" in refused(*given)
+    other = ["train", *common, "--out", tmp_path / "other", "--work", work]
+    assert "--layers does not go with" in refused(*other, "--start-from", out)
+    other = ["train", *shapeless, "--out", tmp_path / "other", "--work", work, "--start-from"]
+    assert "no draft in" in refused(*other, tmp_path)
+    assert "the same folder" in refused(*other, tmp_path / "other")
+    foreign = tmp_path / "foreign"
+    shutil.copytree(out, foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({**config, "vocab_size": 97}))
+    assert "its vocabulary is 97, the target's 96" in refused(*other, foreign)
+
+
 def test_a_training_without_a_checkpoint_binds_nobody(
     made: tuple[Path, str],
     common: list[object],

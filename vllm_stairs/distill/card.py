@@ -37,6 +37,7 @@ def text(
     curve: Sequence[Mapping[str, float]],
     minutes: float,
     model: Any,
+    begun_as: str | None = None,
 ) -> str:
     """The card, as Markdown with the metadata block that model hubs read.
 
@@ -49,6 +50,7 @@ def text(
             Empty: nothing was held out.
         minutes: of training in the last session.
         model: the draft.
+        begun_as: the draft that was gone on with, for the reader; None: one of ours, untrained.
     """
     name = settings.target_name
     weights = sum(p.numel() for p in model.parameters())
@@ -57,6 +59,7 @@ def text(
     source = f"that the target wrote to prompts {prompts}"
     if settings.text:
         source = f"of {settings.text.name}" + (f" and {source}" if settings.tokens else "")
+    begun = f"; gone on with from the draft `{begun_as}`" if begun_as else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -71,29 +74,32 @@ own `draft_model`, Transformers' assisted generation). By itself it is a poor la
 {model.config.num_hidden_layers} layers of width {model.config.hidden_size}, {weights:,} weights,
 {trained:,} of them trained; the rest are the target's own. Made by `vllm-stairs distill`
 {__version__} from {written:,} tokens {source};
-at most {recipe.epochs:g} passes, loss `{recipe.loss}`, {minutes:.0f} minutes in the last session.
+at most {recipe.epochs:g} passes, loss `{recipe.loss}`, {minutes:.0f} minutes in the last
+session{begun}.
 
 ## Acceptance
 
-{_judgement(by_group, curve)}
+{_judgement(by_group, curve, "Before this training" if begun_as else "Untrained")}
 
 `token_frequencies.safetensors` counts the ids of the training data: a server can trim the
 vocabulary head with it.
 """
 
 
-def _judgement(groups: Mapping[str, Acceptance], curve: Sequence[Mapping[str, float]]) -> str:
+def _judgement(
+    groups: Mapping[str, Acceptance], curve: Sequence[Mapping[str, float]], before: str
+) -> str:
     if not curve:
         return table(groups)
-    untrained = curve[0]
+    first = curve[0]
     points = "\n".join(
         f"| {p['step']:.0f} | {p['eval_acceptance']:.3f} | {p['eval_acceptance_length']:.2f} |"
         for p in curve
     )
     return f"""\
 On held-out conversations of the training's kind, greedy: share of staircases of K={HEIGHT} whose
-token at each position the target keeps. Untrained: first position
-{untrained["eval_acceptance"]:.3f}, acceptance length {untrained["eval_acceptance_length"]:.2f}.
+token at each position the target keeps. {before}: first position
+{first["eval_acceptance"]:.3f}, acceptance length {first["eval_acceptance_length"]:.2f}.
 
 {table(groups)}
 

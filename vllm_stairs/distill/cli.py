@@ -49,6 +49,8 @@ def add_parser(subparsers: Any) -> None:
           "the target's width, with its embeddings and head; narrow: half the width")  # fmt: skip
     draft("--layers", type=int, metavar="N")
     draft("--from-layers", type=int, nargs="+", metavar="I", help="target layers to begin with")
+    draft("--start-from", type=Path, metavar="DIR", help="go on with a draft that there is, on "
+          "other data; its shape is taken over")  # fmt: skip
     draft("--hidden-size", type=int, metavar="N")
     draft("--heads", type=int, metavar="N")
     draft("--kv-heads", type=int, metavar="N")
@@ -263,6 +265,21 @@ def _shape(args: argparse.Namespace) -> Any:
     return replace(PRESETS[args.preset], **given)
 
 
+def _shape_of(args: argparse.Namespace, config: Any) -> Any:
+    """The shape of the draft that is to be gone on with."""
+    from vllm_stairs.distill.draft import shape_of
+
+    options = ("layers", "from_layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
+    given = [name for name in (*options, "tied") if getattr(args, name) is not None]
+    if given:
+        raise DistillError(
+            f"--{given[0].replace('_', '-')} does not go with --start-from: that draft has a shape"
+        )
+    if args.start_from.resolve() == args.out.resolve():
+        raise DistillError("--start-from and --out are the same folder: choose another --out")
+    return shape_of(args.start_from, config)
+
+
 def _data(args: argparse.Namespace, reporter: _Reporter) -> int:
     from vllm_stairs.distill.run import make_data
 
@@ -281,8 +298,9 @@ def _train(args: argparse.Namespace, reporter: _Reporter) -> int:
     check_own(out, MADE_BY, DistillError)
     if (out / MANIFEST_FILE).is_file():
         raise DistillError(f"{out} holds what is stored of a draft: choose another --out")
-    settings, shape = _settings(args), _shape(args)
-    shape = resolve(check_target(settings.target), shape)  # Before hours of writing.
+    settings, config = _settings(args), check_target(args.target)
+    # Before hours of writing.
+    shape = _shape_of(args, config) if args.start_from else resolve(config, _shape(args))
     from vllm_stairs.distill.training import Recipe
 
     recipe = Recipe(
@@ -305,7 +323,7 @@ def _train(args: argparse.Namespace, reporter: _Reporter) -> int:
     else:
         data = make_data(settings, reporter)
     folders = [data]
-    found = make_draft(settings, shape, recipe, folders, out, reporter)
+    found = make_draft(settings, shape, recipe, folders, out, reporter, start_from=args.start_from)
     for number in range(1, args.on_policy_rounds + 1):
         folders.append(
             make_data(settings, reporter, writer=str(out), name=f"data-of-draft-{number}")

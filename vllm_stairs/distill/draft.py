@@ -173,6 +173,46 @@ def resolve(config: "PretrainedConfig", shape: DraftShape) -> DraftShape:
     )
 
 
+def shape_of(folder: Path, config: "PretrainedConfig") -> DraftShape:
+    """The shape of a draft that there is, resolved.
+
+    Args:
+        folder: of the draft.
+        config: the target's.
+
+    Raises:
+        DistillError: no whole model is there, or it is no draft for this target.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DistillError(f"no draft in {str(folder)!r}: config.json is not readable") from error
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise DistillError(f"no draft in {str(folder)!r}: {WEIGHTS_FILE} is missing")
+    kind, heads = values.get("model_type"), values.get("num_attention_heads")
+    for what, theirs, ours in (
+        ("type", config.model_type, kind),
+        ("vocabulary", config.vocab_size, values.get("vocab_size")),
+    ):
+        if theirs != ours:
+            raise DistillError(
+                f"{str(folder)!r} is no draft for this target: its {what} is {ours}, the target's "
+                f"{theirs}"
+            )
+    return resolve(
+        config,
+        DraftShape(
+            layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            heads=heads,
+            kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim"),
+            intermediate_size=values["intermediate_size"],
+            tied=values.get("tie_word_embeddings"),
+        ),
+    )
+
+
 def _from_layers(total: int, shape: DraftShape, full_width: bool) -> tuple[int, ...] | None:
     most = total - 1 if full_width else total
     if most < 1:

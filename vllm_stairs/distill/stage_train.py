@@ -73,7 +73,7 @@ def make_draft(
         out: the draft's folder; is replaced when the draft is complete.
         reporter: is told.
         name: of the folder in ``settings.work`` for checkpoints.
-        start_from: a draft to go on with, in an on-policy round.
+        start_from: a draft to go on with, of the same shape.
 
     Returns:
         The held-out acceptance by group.
@@ -90,13 +90,10 @@ def make_draft(
     work = settings.work / name
     data = [folder.fingerprint() for folder in folders]
     begun = training.last_checkpoint(work) is not None
+    begun_as = hash_of(start_from / "model.safetensors") if start_from else None
     check_same_run(
         work / TRAINING_FILE,
-        {
-            **_chosen(settings, shape, recipe),
-            "data": data,
-            "start_from": hash_of(start_from / "model.safetensors") if start_from else None,
-        },
+        {**_chosen(settings, shape, recipe), "data": data, "start_from": begun_as},
         "the training",
         begun=begun,
     )
@@ -134,6 +131,7 @@ def make_draft(
                 curve=curve,
                 minutes=minutes,
                 model=model,
+                begun_as=start_from.name if start_from and start_from != out else None,
             )
         )
         (folder / MADE_BY).write_text(
@@ -143,6 +141,7 @@ def make_draft(
                     "data": settings.data_settings,
                     "shape": asdict(shape),
                     "recipe": asdict(recipe),
+                    "start_from": begun_as,
                     "data_sha256": data,
                     "curve": curve,
                     "acceptance": {g: asdict(a) for g, a in by_group.items()},

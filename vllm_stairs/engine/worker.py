@@ -6,8 +6,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_stairs.engine.cpu import free_memory, memory_share
+from vllm_stairs.engine.cpu import free_memory, in_process, memory_share
 from vllm_stairs.engine.frames import with_room
+from vllm_stairs.engine.heap import keep_freed_memory
 from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
 from vllm_stairs.placement.cluster import may_be_here
 
@@ -84,6 +85,13 @@ if current_platform.is_cpu():
                     )
                     cache.gpu_memory_utilization = share
             super().__init__(vllm_config, *args, **kwargs)
+
+        def compile_or_warm_up_model(self) -> Any:
+            """As in vLLM; from then on a worker process keeps the memory that steps free."""
+            found = super().compile_or_warm_up_model()
+            if not in_process():
+                keep_freed_memory()
+            return found
 
         def init_device(self) -> None:
             """As in vLLM, which names the runner's class inside this method.

@@ -49,6 +49,28 @@ def test_pairing_removes_what_slows_both_arms():
         statistics.paired_ratio([1], [])
 
 
+@pytest.mark.parametrize(("repeats", "turns"), [(1, 8), (2, 6), (3, 4)])
+def test_a_second_run_in_turns_lies_within_the_stated_noise(repeats, turns):
+    """Whatever the texts of the turns do to a ratio, where there is more than one repeat."""
+    source = random.Random(10 * repeats + turns)
+    texts = [source.gauss(0, 0.3) if repeats > 1 else 0.0 for _ in range(turns)]
+    inside = 0
+    for _ in range(3000):
+        runs = [
+            [[math.exp(text + source.gauss(0, 0.02)) for text in texts] for _ in range(repeats)]
+            for _ in range(2)
+        ]
+        logs = [sum(math.log(v) for values in run for v in values) for run in runs]
+        distance = abs(logs[1] - logs[0]) / (repeats * turns)
+        inside += distance <= math.log1p(statistics.turn_noise(runs[0]))
+    assert 0.93 < inside / 3000 < 0.97
+
+
+def test_the_noise_of_turns_is_unknown_without_two_values():
+    assert statistics.turn_noise([]) is None
+    assert statistics.turn_noise([[1.0]]) is None
+
+
 def test_quantiles_are_students_beyond_the_table_too():
     stats = pytest.importorskip("scipy.stats")
     for degrees in (1, 2, 20, 21, 25, 40, 200):

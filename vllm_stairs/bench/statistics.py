@@ -77,6 +77,31 @@ def repeat_noise(values: Sequence[float]) -> float | None:
     return math.expm1(t_quantile(count - 1) * math.sqrt(2 * variance / count))
 
 
+def turn_noise(passes: Sequence[Sequence[float]]) -> float | None:
+    """:func:`repeat_noise` of passes that were served in turns.
+
+    The same turn of all passes is the same text: by how much turns differ from each other, because
+    one text is easier to draft than another, is no noise. With a single pass it cannot be told
+    apart and counts with it.
+
+    Args:
+        passes: for each repeat its values, turn by turn; as many in each.
+
+    Returns:
+        The relative half-width of the 95 % prediction interval for the geometric mean of all
+        values; None for less than two values.
+    """
+    if len(passes) < 2:
+        return repeat_noise(passes[0]) if passes else None
+    deviations = []
+    for column in zip(*([math.log(value) for value in values] for values in passes), strict=True):
+        mean = sum(column) / len(column)
+        deviations += [value - mean for value in column]
+    degrees = len(deviations) - len(passes[0])
+    variance = sum(value**2 for value in deviations) / degrees
+    return math.expm1(t_quantile(degrees) * math.sqrt(2 * variance / len(deviations)))
+
+
 def t_quantile(degrees: int) -> float:
     """The 97.5 % quantile of Student's t distribution.
 
@@ -91,7 +116,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def paired_ratio(
-    values: Sequence[float], base: Sequence[float], finer: Sequence[float] = ()
+    values: Sequence[float], base: Sequence[float], turns: Sequence[Sequence[float]] = ()
 ) -> Ratio:
     """The ratio of two arms whose repeats were interleaved.
 
@@ -99,10 +124,11 @@ def paired_ratio(
         values: one figure a repeat, of the arm in question.
         base: the figures of the arm it is compared with, in the same repeats: what slows the
             machine for a while slows both of a pair.
-        finer: the ratios of the parts that the arms took in turns, where they did: there are
-            more of them, and each pair lies closer together, so they tell the noise.
+        turns: for each repeat the ratios of its turns, where the arms took any: there are more of
+            them, and each pair lies closer together, so they tell the noise.
     """
     if len(values) != len(base) or not values:
         raise ValueError("paired_ratio needs two equally long, non-empty series")
     ratios = [value / reference for value, reference in zip(values, base, strict=True)]
-    return Ratio(median(ratios), min(ratios), max(ratios), repeat_noise(finer or ratios))
+    noise = turn_noise(turns) if turns else repeat_noise(ratios)
+    return Ratio(median(ratios), min(ratios), max(ratios), noise)

@@ -124,20 +124,28 @@ def _ratio(
         paired_ratio(
             [ours[r]["tokens_per_s"] for r in common],
             [theirs[r]["tokens_per_s"] for r in common],
-            [ratio for r in common for ratio in _turn_ratios(ours[r], theirs[r])],
+            _turn_ratios([ours[r] for r in common], [theirs[r] for r in common]),
         )
     )
 
 
-def _turn_ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[float]:
-    """Of two passes that were served in turns: the same part of the work in each pair."""
-    turns = [m.get("turns", []) for m in (ours, theirs)]
-    if min(map(len, turns)) < 2:
+def _turn_ratios(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> list[list[float]]:
+    """For each repeat the ratios of its turns; none where the arms did not take any.
+
+    Turns in which an arm wrote nothing any more (its answers ended early) are left out.
+    """
+    passes = [
+        [[tokens / seconds for tokens, seconds in m.get("turns", ()) if tokens] for m in pair]
+        for pair in zip(ours, theirs, strict=True)
+    ]
+    common = min(min(map(len, pair)) for pair in passes)
+    if common < 2:
         return []
     return [
-        tokens / seconds / (base_tokens / base_seconds)
-        for (tokens, seconds), (base_tokens, base_seconds) in zip(*turns, strict=False)
-        if tokens and base_tokens
+        [own / base for own, base in zip(mine[:common], plain[:common], strict=True)]
+        for mine, plain in passes
     ]
 
 

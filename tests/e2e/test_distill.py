@@ -273,7 +273,7 @@ def test_a_draft_is_gone_on_with(
     assert further["shape"]["layers"] == first["shape"]["layers"]
     assert "gone on with from the draft `draft`" in (tmp_path / "draft" / "README.md").read_text()
 
-    assert "another run" in refused(*given)
+    assert "different: start_from" in refused(*given, "--layers", 2)
     other = ["train", *common, "--out", tmp_path / "other", "--work", work]
     assert "--layers does not go with" in refused(*other, "--start-from", out)
     other = ["train", *shapeless, "--out", tmp_path / "other", "--work", work, "--start-from"]
@@ -284,6 +284,13 @@ def test_a_draft_is_gone_on_with(
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps({**config, "vocab_size": 97}))
     assert "its vocabulary is 97, the target's 96" in refused(*other, foreign)
+    (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert "model.layers.2" in refused(*other, foreign)
+    del config["intermediate_size"]
+    (foreign / "config.json").write_text(json.dumps(config))
+    assert "lacks 'intermediate_size'" in refused(*other, foreign)
+    target = ["--target", tiny.noisy]  # Of the same shape, with other embeddings.
+    assert "are another target's" in refused(*other[:-1], *target, "--start-from", out)
 
 
 def test_a_training_without_a_checkpoint_binds_nobody(

@@ -36,7 +36,7 @@ def measured(
     command = [
         "run", "--target", str(tiny.target), "--draft", str(tiny.noisy), "--dtype", "float32",
         "--eager", "--max-model-len", "256", "--prompts", str(prompts),
-        "--batch-sizes", "1", "2", "--repeats", "2", "--output-tokens", "16",
+        "--batch-sizes", "1", "2", "--repeats", "2", "--turns", "2", "--output-tokens", "16",
         "--record", str(folder / "record.jsonl"), "--record-height", "4",
         "--engine", "block_size=32", "--output", str(output),
     ]  # fmt: skip
@@ -71,6 +71,19 @@ def test_every_arm_has_every_figure(measured: tuple[results.Result, Path]) -> No
         assert arm["startup_seconds"] > 0
         assert arm["peak_memory_bytes"]["resident"] > 1e8
         assert arm["engine"]["dtype"] == "float32"
+
+
+def test_passes_were_served_in_turns(measured: tuple[results.Result, Path]) -> None:
+    """Engines were held with requests in flight, stopped, and went on; nothing was lost."""
+    result, _ = measured
+    for measurement in result.measurements:
+        (first, _), (second, _) = measurement["turns"]
+        assert first + second == 16 * len(PROMPTS)
+        # A turn ends with the step that reaches half of the tokens.
+        assert 0 <= first - 16 * len(PROMPTS) / 2 <= measurement["batch"] * (HEIGHT + 1)
+        assert sum(seconds for _, seconds in measurement["turns"]) == pytest.approx(
+            measurement["seconds"]
+        )
 
 
 def test_greedy_output_is_identical_and_the_same_number_of_tokens(

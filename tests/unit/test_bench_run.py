@@ -197,6 +197,19 @@ def test_resumed_turns_measure_what_is_missing(bench):
     assert reporter.passes == reporter.expected
 
 
+def test_passes_in_turns_are_kept_together_or_not_at_all(bench, monkeypatch):
+    made, _ = bench(turns=2)
+    kept = []
+
+    def save(result, path):
+        kept.append(len(result.measurements))
+
+    monkeypatch.setattr(results, "save", save)
+    made.execute()
+    assert max(kept) == 12
+    assert all(count % 3 == 0 for count in kept)
+
+
 def test_turns_need_all_arms_alive(bench):
     with pytest.raises(BenchError, match="does not go with --sequential"):
         bench(turns=2, options={"sequential": True})
@@ -204,6 +217,10 @@ def test_turns_need_all_arms_alive(bench):
         bench(turns=0)
     with pytest.raises(BenchError, match="does not go with --online"):
         bench(turns=2, online=True, request_rates=(1.0,))
+    with pytest.raises(BenchError, match="does not go with --stop-at-eos"):
+        bench(turns=2, stop_at_eos=True)
+    with pytest.raises(BenchError, match="has a device of its own"):
+        bench(turns=2, arms=("plain", "stairs:k=2,placement=dedicated"))
 
 
 def test_repeats_are_interleaved(bench):
@@ -400,21 +417,6 @@ def test_the_clients_json_is_read_and_checked(tmp_path):
 def test_an_interrupted_recording_is_resumed_and_written_anew(bench, tmp_path, monkeypatch):
     record = tmp_path / "with,comma.jsonl"
     written = []
-
-    def freeze(self):
-        FakeArm.calls.append((self.arm.label, "freeze", {}))
-
-    def begin(self, **arguments):
-        self.begun, self.turns = arguments, 0
-
-    def turn(self, until_tokens):
-        self.turns += 1
-        return until_tokens is None
-
-    def end(self):
-        figures = self.measure(**self.begun, profile=False)
-        del figures["profile"]
-        return {**figures, "turns": [[4, 1.0]] * self.turns}
 
     def measure(self, work, batch, temperature, profile, **_):
         if self.arm.label == "record":

@@ -134,6 +134,9 @@ def test_turns_tell_the_noise_of_a_ratio_and_passes_the_ratio(capsys):
     # One turn that took twice as long is noise.
     passes[1]["turns"][2][1] *= 2
     assert summarise(result)[1]["ratio_to_plain"]["noise"] > 0.2
+    # A turn that came out empty is left out, and no other is paired with its neighbour.
+    passes[1]["turns"][2] = [0, 1e-9]
+    assert summarise(result)[1]["ratio_to_plain"]["noise"] == pytest.approx(0.0, abs=1e-9)
     report.show(result)
     printed = " ".join(capsys.readouterr().out.split())
     assert "interleaved in 4 turns each." in printed

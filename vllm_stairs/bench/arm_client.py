@@ -74,8 +74,8 @@ class ArmClient:
     def freeze(self) -> None:
         """Stop the arm's processes until its next command: idle ones look for work for a while,
         at the cost of whoever is measured."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
         self._frozen = True
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def _thaw(self) -> None:
         if self._frozen:
@@ -84,7 +84,7 @@ class ArmClient:
 
     def close(self) -> None:
         """End the process and everything it started."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, BenchError):  # Not if it has died.
             self._thaw()
             self._send({"do": "stop"})
         with contextlib.suppress(OSError):

@@ -88,6 +88,7 @@ def load(path: Path) -> Result:
     known = {f.name for f in fields(Result)}
     try:
         result = Result(**{key: value for key, value in document.items() if key in known})
+        result.settings.setdefault("turns", 1)  # Not in results from before there were any.
         _check(result)
         _derive(result)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

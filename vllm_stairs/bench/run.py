@@ -76,12 +76,12 @@ class Run:
         self.settings = settings
         self.output = output
         self.reporter = reporter
-        if sequential and settings.turns > 1:
-            raise BenchError("--turns needs all arms alive: it does not go with --sequential")
         self.sequential = sequential
         self.record = record
         self.record_height = record_height
         self.arms = arms_module.parse_all(settings.arms, settings.draft)
+        if settings.turns > 1:
+            self._check_turns(sequential)
         self.models = {"target": settings.target}
         for arm in self.arms:
             if arm.draft:
@@ -126,6 +126,16 @@ class Run:
         results.check_writable(output, "--output")
         if record is not None:
             results.check_writable(record, "--record")
+
+    def _check_turns(self, sequential: bool) -> None:
+        if sequential:
+            raise BenchError("--turns needs all arms alive: it does not go with --sequential")
+        for arm in self.arms:
+            if (arm.speculative_config or {}).get("stairs_placement") == "dedicated":
+                raise BenchError(
+                    f"--turns: the draft of {arm.label!r} has a device of its own and would go on "
+                    "while others have their turn; leave out --turns"
+                )
 
     def _check_record(self, record: Path, *, resume: bool, overwrite: bool) -> None:
         if not self.settings.draft:
@@ -242,6 +252,8 @@ class Run:
         self._say_cell(label, repeat, batch, temperature)
         time.sleep(SETTLE_SECONDS)
         self._keep(key, self._pass(client, batch, temperature, self.work))
+        self._save()
+        self.reporter.done()
 
     def _measure_in_turns(
         self, clients: Sequence[ArmClient], repeat: int, batch: int, temperature: float
@@ -251,7 +263,7 @@ class Run:
         All arms but one are stopped. The passes of a cell are kept together or not at all.
         """
         key = {"batch": batch, "temperature": temperature, "repeat": repeat}
-        if self.result.has(**key):
+        if all(self.result.has(arm=client.arm.label, **key) for client in clients):
             for _ in clients:
                 self.reporter.done()
             return
@@ -281,6 +293,9 @@ class Run:
             client.freeze()
         for client, figures in zip(clients, found, strict=True):
             self._keep({"arm": client.arm.label, **key}, figures)
+        self._save()
+        for _ in clients:
+            self.reporter.done()
 
     def _warm_up(self, client: ArmClient, batch: int, temperature: float) -> None:
         if (client, batch) not in self.warm:
@@ -303,8 +318,6 @@ class Run:
         if temperature == 0:
             self.outputs.setdefault((label, batch, temperature), outputs)
         self.result.measurements.append({**key, **figures})
-        self._save()
-        self.reporter.done()
 
     def _profile(self, client: ArmClient, batch: int) -> None:
         label = client.arm.label

@@ -91,6 +91,10 @@ class Settings:
             raise BenchError("--online needs --request-rates above 0, for example 1 2 inf")
         if self.online and self.turns > 1:
             raise BenchError("--turns does not go with --online: a server cannot be held")
+        if self.stop_at_eos and self.turns > 1:
+            raise BenchError(
+                "--turns does not go with --stop-at-eos: how long a pass is must be known"
+            )
         if self.request_rates and not self.online:
             raise BenchError("--request-rates belong to --online")
         keys = [key for key, _ in self.engine]

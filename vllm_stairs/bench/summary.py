@@ -134,19 +134,16 @@ def _turn_ratios(
 ) -> list[list[float]]:
     """For each repeat the ratios of its turns; none where the arms did not take any.
 
-    Turns in which an arm wrote nothing any more (its answers ended early) are left out.
+    Turns in which some arm wrote nothing (a step may write more than a turn) are left out.
     """
-    passes = [
-        [[tokens / seconds for tokens, seconds in m.get("turns", ()) if tokens] for m in pair]
-        for pair in zip(ours, theirs, strict=True)
+    speeds = [
+        [tokens / seconds for tokens, seconds in m.get("turns", ())] for m in (*ours, *theirs)
     ]
-    common = min(min(map(len, pair)) for pair in passes)
-    if common < 2:
+    wrote = [turn for turn in range(min(map(len, speeds))) if all(own[turn] for own in speeds)]
+    if len(wrote) < 2:
         return []
-    return [
-        [own / base for own, base in zip(mine[:common], plain[:common], strict=True)]
-        for mine, plain in passes
-    ]
+    pairs = zip(speeds[: len(ours)], speeds[len(ours) :], strict=True)
+    return [[own[turn] / base[turn] for turn in wrote] for own, base in pairs]
 
 
 def _group_ratios(

@@ -277,7 +277,7 @@ def _shape_of(args: argparse.Namespace, config: Any) -> Any:
         )
     if args.start_from.resolve() == args.out.resolve():
         raise DistillError("--start-from and --out are the same folder: choose another --out")
-    return shape_of(args.start_from, config)
+    return shape_of(args.start_from, Path(args.target), config)
 
 
 def _data(args: argparse.Namespace, reporter: _Reporter) -> int:
@@ -315,7 +315,7 @@ def _train(args: argparse.Namespace, reporter: _Reporter) -> int:
         head_coverage=args.head_coverage,
         max_minutes=args.max_minutes,
     )
-    check_training(settings, shape, recipe)
+    check_training(settings, shape, recipe, args.start_from)
     if args.stage == "train":
         data = Folder(settings.work / "data", settings.data_settings)
         if not data.indices() or not all(data.labels_file(i).is_file() for i in data.indices()):
@@ -330,7 +330,7 @@ def _train(args: argparse.Namespace, reporter: _Reporter) -> int:
         )
         found = make_draft(
             settings, shape, recipe, folders, out, reporter,
-            name=f"training-{number}", start_from=out,
+            name=f"training-{number}", start_from=out, begun_as=args.start_from,
         )  # fmt: skip
     reporter.say(card.table(found))
     reporter.say(f"the draft: {out}")

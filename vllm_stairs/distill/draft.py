@@ -173,11 +173,12 @@ def resolve(config: "PretrainedConfig", shape: DraftShape) -> DraftShape:
     )
 
 
-def shape_of(folder: Path, config: "PretrainedConfig") -> DraftShape:
-    """The shape of a draft that there is, resolved.
+def shape_of(folder: Path, target_dir: Path, config: "PretrainedConfig") -> DraftShape:
+    """The shape of a draft that a training is to go on with, resolved.
 
     Args:
         folder: of the draft.
+        target_dir: the target's folder.
         config: the target's.
 
     Raises:
@@ -187,30 +188,78 @@ def shape_of(folder: Path, config: "PretrainedConfig") -> DraftShape:
         values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise DistillError(f"no draft in {str(folder)!r}: config.json is not readable") from error
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise DistillError(f"no draft in {str(folder)!r}: {WEIGHTS_FILE} is missing")
-    kind, heads = values.get("model_type"), values.get("num_attention_heads")
-    for what, theirs, ours in (
-        ("type", config.model_type, kind),
-        ("vocabulary", config.vocab_size, values.get("vocab_size")),
-    ):
-        if theirs != ours:
-            raise DistillError(
-                f"{str(folder)!r} is no draft for this target: its {what} is {ours}, the target's "
-                f"{theirs}"
-            )
-    return resolve(
-        config,
-        DraftShape(
-            layers=values["num_hidden_layers"],
+    try:
+        made = json.loads((folder / "distill.json").read_text())["shape"]["from_layers"]
+    except (OSError, ValueError, LookupError, TypeError):
+        made = None
+    no_draft = f"{str(folder)!r} is no draft for this target:"
+    try:
+        for what, theirs, ours in (
+            ("type", config.model_type, values["model_type"]),
+            ("vocabulary", config.vocab_size, values["vocab_size"]),
+        ):
+            if theirs != ours:
+                raise DistillError(f"{no_draft} its {what} is {ours}, the target's {theirs}")
+        layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+        full_width = values["hidden_size"] == config.hidden_size
+        shape = DraftShape(
+            layers=layers,
+            from_layers=tuple(made) if full_width and made and len(made) == layers else None,
             hidden_size=values["hidden_size"],
             heads=heads,
             kv_heads=values.get("num_key_value_heads") or heads,
             head_dim=values.get("head_dim"),
             intermediate_size=values["intermediate_size"],
             tied=values.get("tie_word_embeddings"),
-        ),
-    )
+        )
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DistillError(f"no draft in {str(folder)!r}: its config.json lacks {error}") from None
+    shape = resolve(config, shape)
+    _check_begun(folder, target_dir, draft_config(config, shape), values, shape)
+    return shape
+
+
+def _check_begun(
+    folder: Path,
+    target_dir: Path,
+    config: "PretrainedConfig",
+    values: Mapping[str, Any],
+    shape: DraftShape,
+) -> None:
+    """Refuse a draft that is not what ``build`` would make, its trained weights apart.
+
+    Args:
+        folder: of the draft.
+        target_dir: the target's folder.
+        config: of the draft that would be made.
+        values: the configuration of the one that is there.
+        shape: of both.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+
+    no_draft = f"{str(folder)!r} is no draft for this target:"
+    for name in _PER_LAYER:
+        if getattr(config, name, None) != values.get(name, getattr(config, name, None)):
+            raise DistillError(f"{no_draft} its {name} are {values[name]}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    frozen = frozen_names(model, shape)
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as opened:
+            there = set(opened.keys())
+            for name, parameter in model.named_parameters():
+                found = opened.get_slice(name).get_shape() if name in there else None
+                if found != list(parameter.shape):
+                    raise DistillError(f"{no_draft} {name} is {found}, not {list(parameter.shape)}")
+            theirs = fingerprint({name: opened.get_tensor(name) for name in frozen})
+    except (SafetensorError, OSError) as error:
+        raise DistillError(
+            f"no draft in {str(folder)!r}: {WEIGHTS_FILE} is missing or damaged"
+        ) from error
+    if frozen and theirs != target_fingerprint(target_dir, frozen):
+        raise DistillError(f"{no_draft} embeddings and head are another target's")
 
 
 def _from_layers(total: int, shape: DraftShape, full_width: bool) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.device import device_of, limited_memory
-from vllm_stairs.distill.draft import DraftShape
+from vllm_stairs.distill.draft import WEIGHTS_FILE, DraftShape
 from vllm_stairs.distill.errors import DistillError
 from vllm_stairs.distill.settings import Reporter, Settings, hash_of
 from vllm_stairs.distill.shards import Folder, another_run, check_same_run, different_settings
@@ -26,7 +26,9 @@ TRAINING_FILE = "training.json"
 """Beside the checkpoints: what the training depends on."""
 
 
-def check_training(settings: Settings, shape: DraftShape, recipe: "Recipe") -> None:
+def check_training(
+    settings: Settings, shape: DraftShape, recipe: "Recipe", start_from: Path | None = None
+) -> None:
     """Refuse a training that :func:`make_draft` would refuse, before the data are written for it.
 
     Raises:
@@ -37,18 +39,21 @@ def check_training(settings: Settings, shape: DraftShape, recipe: "Recipe") -> N
     work = settings.work / "training"
     if training.last_checkpoint(work) is None:
         return
-    chosen = _chosen(settings, shape, recipe)
+    chosen = _chosen(settings, shape, recipe, start_from)
     found = different_settings(work / TRAINING_FILE, chosen) or []
     # What else is noted there is not known before the data are.
     if different := [name for name in found if name in chosen]:
         raise DistillError(another_run(work, "the training", different))
 
 
-def _chosen(settings: Settings, shape: DraftShape, recipe: "Recipe") -> dict[str, Any]:
+def _chosen(
+    settings: Settings, shape: DraftShape, recipe: "Recipe", start_from: Path | None
+) -> dict[str, Any]:
     return {
         "target": settings.data_settings["target"],
         "shape": asdict(shape),
         "recipe": recipe.identity(),
+        "start_from": hash_of(start_from / WEIGHTS_FILE) if start_from else None,
     }
 
 
@@ -62,6 +67,7 @@ def make_draft(
     *,
     name: str = "training",
     start_from: Path | None = None,
+    begun_as: Path | None = None,
 ) -> dict[str, acceptance.Acceptance]:
     """Train a draft and write it to ``out``.
 
@@ -74,6 +80,7 @@ def make_draft(
         reporter: is told.
         name: of the folder in ``settings.work`` for checkpoints.
         start_from: a draft to go on with, of the same shape.
+        begun_as: the draft that the first of several trainings began with; None: ``start_from``.
 
     Returns:
         The held-out acceptance by group.
@@ -90,10 +97,9 @@ def make_draft(
     work = settings.work / name
     data = [folder.fingerprint() for folder in folders]
     begun = training.last_checkpoint(work) is not None
-    begun_as = hash_of(start_from / "model.safetensors") if start_from else None
     check_same_run(
         work / TRAINING_FILE,
-        {**_chosen(settings, shape, recipe), "data": data, "start_from": begun_as},
+        {**_chosen(settings, shape, recipe, start_from), "data": data},
         "the training",
         begun=begun,
     )
@@ -119,6 +125,7 @@ def make_draft(
             say=reporter.say,
         )
     minutes = (time.monotonic() - started) / 60
+    first = begun_as or (start_from if start_from != out else None)
     with new_folder(out, MADE_BY, DistillError) as folder:
         draft.save(model.to("cpu").float(), folder, Path(settings.target))
         save_frequencies(folder, counts)
@@ -131,7 +138,7 @@ def make_draft(
                 curve=curve,
                 minutes=minutes,
                 model=model,
-                begun_as=start_from.name if start_from and start_from != out else None,
+                begun_as=first.name if first else None,
             )
         )
         (folder / MADE_BY).write_text(
@@ -141,7 +148,7 @@ def make_draft(
                     "data": settings.data_settings,
                     "shape": asdict(shape),
                     "recipe": asdict(recipe),
-                    "start_from": begun_as,
+                    "start_from": first.name if first else None,
                     "data_sha256": data,
                     "curve": curve,
                     "acceptance": {g: asdict(a) for g, a in by_group.items()},

@@ -14,8 +14,9 @@ import ctypes
 import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # Parameters of mallopt, from malloc.h.
-_LARGEST = 2**30
-"""Bytes; larger blocks are no tensors of a step, they still go back."""
+_LARGEST = (2**30, 2**25)
+"""Bytes; larger blocks are no tensors of a step, they still go back. The second is the most that
+an older glibc takes."""
 _NEVER = 2**31 - 1
 
 _OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -36,4 +37,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _NEVER))
+    kept = any(mallopt(_MMAP_THRESHOLD, largest) for largest in _LARGEST)
+    return bool(kept and mallopt(_TRIM_THRESHOLD, _NEVER))

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from vllm import SamplingParams
 
 from tests.engine.engines import (
     counting_preemptions,
@@ -93,6 +94,23 @@ def test_chunked_prefill_mixes_with_decode(tiny: TinyModels, layout: str) -> Non
     assert token_ids(engine, texts, params) == token_ids(
         plain(tiny.target, **options), texts, params
     )
+
+
+def test_a_seed_holds_while_a_prompt_is_read_in_parts(tiny: TinyModels) -> None:
+    """On vLLM 0.32's CPU build plain vLLM dies of such a request; and a part draws nothing."""
+    options = {"max_num_seqs": 8, "enable_prefix_caching": False}
+    texts = prompts(6, seed=12, longest=150)
+    params = [
+        SamplingParams(temperature=0.9, seed=i, max_tokens=12, ignore_eos=True) for i in range(6)
+    ]
+    whole = stairs(tiny.target, tiny.noisy, height=4, **options)
+    parts = stairs(tiny.target, tiny.noisy, height=4, max_num_batched_tokens=48, **options)
+    # One by one: what else is in a batch decides how far a request drafts, and so what it draws.
+    for text, own in zip(texts, params, strict=True):
+        expected = token_ids(whole, [text], own)
+        assert token_ids(whole, [text], own) == expected
+        assert token_ids(parts, [text], own) == expected
+    assert len(token_ids(parts, texts, params)) == len(texts)
 
 
 def test_prefix_caching_with_repeated_prompts(tiny: TinyModels) -> None:

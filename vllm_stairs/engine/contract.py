@@ -138,6 +138,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook(
         _RUNNER,
+        "GPUModelRunner._bookkeeping_sync",
+        "self scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
+        "on CPU, generators of requests in mid-prefill",
+    ),
+    _hook(
+        _RUNNER,
         "GPUModelRunner._input_fits_in_drafter",
         "self common_attn_metadata",
         "length limits per request",
@@ -326,6 +332,7 @@ HOOKS: tuple[Hook, ...] = (
         "requests",
         "attn_groups",
         "num_decode_draft_tokens",
+        "discard_request_mask",
         "num_spec_tokens",
         "effective_drafter_max_model_len",
         "_draft_probs",
@@ -340,6 +347,7 @@ HOOKS: tuple[Hook, ...] = (
         "thinking_budget_state_holder",
         "num_tokens_no_spec",
         "logitsprocs",
+        "generators",
         "block_table",
         "sampling_metadata",
     ),

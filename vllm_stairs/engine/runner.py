@@ -624,7 +624,41 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
 
 
 class StairsCPUModelRunner(StairsModelRunnerMixin, CPUModelRunner):
-    """The runner on CPU."""
+    """The runner on CPU.
+
+    What a request with a seed draws while its prompt is read in parts is no token of its, and vLLM
+    takes it back by the offset of the request's generator. Generators on CPU have none: the engine
+    would die of one such request, as in plain vLLM. Here their state is put back instead.
+
+    Retired by: ``GPUModelRunner._bookkeeping_sync`` doing so on CPU.
+    """
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Also leave the generators of requests in mid-prefill as they are."""
+        drawing = [(g, g.get_state()) for g in self._seeded(in_mid_prefill=True).values()]
+        output = super()._sample(logits, spec_decode_metadata)
+        for generator, state in drawing:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM, which finds no generator whose draw it would take back."""
+        generators = self.input_batch.generators
+        if generators:
+            self.input_batch.generators = self._seeded(in_mid_prefill=False)
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
+
+    def _seeded(self, in_mid_prefill: bool) -> dict[int, torch.Generator]:
+        """Generators by row, of the requests whose sampled token does not count, or of the rest."""
+        generators = self.input_batch.generators
+        return {
+            row: generator
+            for row, generator in generators.items()
+            if bool(self.discard_request_mask.np[row]) == in_mid_prefill
+        }
 
 
 class StairsGPUModelRunner(StairsModelRunnerMixin, GPUModelRunner):

@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from tests.engine.engines import plain, stairs, statistics
 from tests.tiny import WORDS, TinyModels
 from vllm_stairs.bench.costs import CostModel, Curve
-from vllm_stairs.bench.measure import Output, Work, run_pass
+from vllm_stairs.bench.measure import Loop, Output, Work
 from vllm_stairs.bench.policies import Auto, Fixed
 from vllm_stairs.bench.record import Record, load
 from vllm_stairs.bench.replay import Score, replay
@@ -198,7 +198,9 @@ def serve(
     before = statistics(llm) if speculates else None
     server = Server(llm, temperatures, max_height)
     with virtual_time(llm, costs) as clock:
-        result = run_pass(server, work, batch, clock=clock.perf_counter)
+        loop = Loop(server, work, batch, clock=clock.perf_counter)
+        loop.run()
+        result = loop.result()
     done = sorted(result.requests, key=lambda request: int(request.work.id))
     heights, accepted = [len(texts) * (TOKENS - 1)], 0
     if before is not None:

@@ -39,7 +39,9 @@ def work(count, turns=1):
 
 
 def run(engine, items, batch, **kwargs):
-    return measure.run_pass(engine, items, batch, clock=engine.clock, **kwargs)
+    loop = measure.Loop(engine, items, batch, clock=engine.clock, **kwargs)
+    loop.run()
+    return loop.result()
 
 
 def test_keeps_exactly_the_batch_in_flight_in_order():

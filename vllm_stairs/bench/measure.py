@@ -205,21 +205,6 @@ class Loop:
                     self._send(index, record.work, tokens, turn, answers)
 
 
-def run_pass(
-    engine: Engine,
-    work: Sequence[Work],
-    batch: int,
-    *,
-    seed: int = 0,
-    follow_up: FollowUp | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Pass:
-    """Serve all of ``work`` without interruption; arguments as of :class:`Loop`."""
-    loop = Loop(engine, work, batch, seed=seed, follow_up=follow_up, clock=clock)
-    loop.run()
-    return loop.result()
-
-
 def digest(tokens: Sequence[int]) -> str:
     """A short hash of an output, enough to tell whether two outputs are the same."""
     return hashlib.sha256(" ".join(map(str, tokens)).encode()).hexdigest()[:16]

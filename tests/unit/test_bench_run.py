@@ -210,6 +210,18 @@ def test_passes_in_turns_are_kept_together_or_not_at_all(bench, monkeypatch):
     assert all(count % 3 == 0 for count in kept)
 
 
+def test_a_result_from_before_there_were_turns_is_resumed(bench):
+    made, _ = bench()
+    made.execute()
+    document = json.loads(made.output.read_text())
+    del document["settings"]["turns"]
+    made.output.write_text(json.dumps(document))
+    again, _ = bench(options={"resume": True})
+    assert len(again.execute().measurements) == 12
+    with pytest.raises(BenchError, match="turns=1, not 2"):
+        bench(turns=2, options={"resume": True})
+
+
 def test_turns_need_all_arms_alive(bench):
     with pytest.raises(BenchError, match="does not go with --sequential"):
         bench(turns=2, options={"sequential": True})

@@ -13,6 +13,8 @@ from vllm_stairs.bench.errors import BenchError
 
 SCHEMA = "vllm-stairs-bench"
 VERSION = 1
+_SINCE = {"turns": 1}
+"""Settings that older results do not name, with what they were then."""
 
 
 @dataclass
@@ -88,7 +90,6 @@ def load(path: Path) -> Result:
     known = {f.name for f in fields(Result)}
     try:
         result = Result(**{key: value for key, value in document.items() if key in known})
-        result.settings.setdefault("turns", 1)  # Not in results from before there were any.
         _check(result)
         _derive(result)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -137,7 +138,7 @@ def open_for(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: b
     result = load(path)
     plain_settings = json.loads(json.dumps(settings))
     for key in sorted({*result.settings, *plain_settings}):
-        old, new = result.settings.get(key), plain_settings.get(key)
+        old, new = (s.get(key, _SINCE.get(key)) for s in (result.settings, plain_settings))
         if old != new:
             raise BenchError(
                 f"cannot resume {str(path)!r}: it was made with {key}={old!r}, not {new!r}"

@@ -70,6 +70,13 @@ def made(common: list[object], tmp_path_factory: pytest.TempPathFactory) -> tupl
     return out, again.stdout
 
 
+def with_its_data(out: Path, folder: Path) -> Path:
+    """A new ``--work`` folder with the data that the draft in ``out`` was made from."""
+    work = folder / "work"
+    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    return work
+
+
 def test_a_killed_run_goes_on_and_ends_better_than_untrained(made: tuple[Path, str]) -> None:
     out, printed = made
     assert "going on from step" in printed
@@ -256,8 +263,7 @@ def test_a_draft_is_gone_on_with(
     refused: Callable[..., str],
 ) -> None:
     out, _ = made
-    work = tmp_path / "work"
-    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    work = with_its_data(out, tmp_path)
     layers = common.index("--layers")
     shapeless = [*common[:layers], *common[layers + 2 :]]
     given = ["train", *shapeless, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.5"]
@@ -302,8 +308,7 @@ def test_a_training_without_a_checkpoint_binds_nobody(
 ) -> None:
     """As after running out of memory: the message says to lower what the training depends on."""
     out, _ = made
-    work = tmp_path / "work"
-    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    work = with_its_data(out, tmp_path)
     (work / "training").mkdir()
     (work / "training" / "training.json").write_text('{"recipe": {"batch": 512}}')
     given = ["train", *common, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.05"]
@@ -317,8 +322,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 ) -> None:
     """A limit on the size of files stands for a full disk: writing fails halfway."""
     out, _ = made
-    work = tmp_path / "work"
-    shutil.copytree(out.with_name("draft.work") / "data", work / "data")
+    work = with_its_data(out, tmp_path)
     command = ["train", *common, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.1"]
     # More than the weights of a checkpoint, less than the optimizer's state.
     weights = (out / "model.safetensors").stat().st_size

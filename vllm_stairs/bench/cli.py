@@ -278,11 +278,11 @@ def _check_quick(path: Path, settings: dict[str, Any]) -> None:
     from vllm_stairs.bench import results
 
     def kind(of: dict[str, Any]) -> dict[str, Any]:
-        own = ("target", "draft", "eager", "turns")  # Older results do not name the last.
-        return {k: v for k, v in of.items() if k not in own}
+        return {k: v for k, v in of.items() if k not in ("target", "draft", "eager")}
 
     try:
-        quick = kind(results.load(path).settings) == kind(settings)
+        found = results.with_defaults(results.load(path).settings)
+        quick = kind(found) == kind(settings)
     except BenchError:
         quick = False
     if not quick:

@@ -44,7 +44,8 @@ def guard(process: subprocess.Popen[Any]) -> subprocess.Popen[bytes]:
     """Have the group of an arm's process ended should this process be killed.
 
     The group may be stopped at that moment and would stay so for ever, with its memory. Asked to
-    go on, it ends by itself, as it sees its socket closed.
+    go on, it ends by itself, as it sees its socket closed. (:mod:`vllm_stairs.distill.watch`, which
+    looks for descendants every second, would do so beside what is timed.)
 
     Args:
         process: the leader of a process group that it alone uses (``start_new_session``).

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_stairs.bench.compare import Change
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.replay import Score
-from vllm_stairs.bench.results import Result
+from vllm_stairs.bench.results import Result, with_defaults
 from vllm_stairs.bench.summary import PARTS, TIMED
 
 
@@ -91,7 +91,7 @@ def show(result: Result, out: Any | None = None) -> None:
     out = out or console()
     summary, settings = result.summary, result.settings
     prompts = result.prompts
-    turns = settings.get("turns") or 1
+    turns = with_defaults(settings)["turns"]
     groups = ", ".join(f"{count} {name}" for name, count in sorted(prompts["groups"].items()))
     out.print(
         f"Target {settings['target']}, draft {settings.get('draft') or 'none'}; "

@@ -136,14 +136,19 @@ def open_for(path: Path, settings: dict[str, Any], *, resume: bool, overwrite: b
     if not resume:
         raise BenchError(f"{str(path)!r} exists: pass --resume to go on with it, or --overwrite")
     result = load(path)
-    plain_settings = json.loads(json.dumps(settings))
-    for key in sorted({*result.settings, *plain_settings}):
-        old, new = (s.get(key, _SINCE.get(key)) for s in (result.settings, plain_settings))
+    before, plain_settings = with_defaults(result.settings), json.loads(json.dumps(settings))
+    for key in sorted({*before, *plain_settings}):
+        old, new = before.get(key), plain_settings.get(key)
         if old != new:
             raise BenchError(
                 f"cannot resume {str(path)!r}: it was made with {key}={old!r}, not {new!r}"
             )
     return result
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a result, older ones too, with all that is read of them."""
+    return {**_SINCE, **settings}
 
 
 def _writable(value: Any) -> Any:

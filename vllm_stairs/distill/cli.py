@@ -289,8 +289,8 @@ def _data(args: argparse.Namespace, reporter: _Reporter) -> int:
 
 def _train(args: argparse.Namespace, reporter: _Reporter) -> int:
     from vllm_stairs.distill import card
-    from vllm_stairs.distill.draft import MANIFEST_FILE, resolve
-    from vllm_stairs.distill.run import MADE_BY, check_training, make_data, make_draft
+    from vllm_stairs.distill.draft import MADE_BY, MANIFEST_FILE, resolve
+    from vllm_stairs.distill.run import check_training, make_data, make_draft
     from vllm_stairs.distill.shards import Folder
     from vllm_stairs.distill.target import check_target
 

@@ -50,7 +50,9 @@ ASSEMBLED_FILE = "assembled.json"
 """The manifest of the delta from which a folder was assembled."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 """A model's folder without any of them has no tokenizer."""
-EXTRA_FILES = (FREQUENCIES_FILE, "README.md", "distill.json")
+MADE_BY = "distill.json"
+"""In a draft's folder: how it was made."""
+EXTRA_FILES = (FREQUENCIES_FILE, "README.md", MADE_BY)
 """What lies beside a draft's weights, where there is any."""
 FORMAT = 1
 
@@ -189,7 +191,7 @@ def shape_of(folder: Path, target_dir: Path, config: "PretrainedConfig") -> Draf
     except (OSError, ValueError) as error:
         raise DistillError(f"no draft in {str(folder)!r}: config.json is not readable") from error
     try:
-        made = json.loads((folder / "distill.json").read_text())["shape"]["from_layers"]
+        made = json.loads((folder / MADE_BY).read_text())["shape"]["from_layers"]
     except (OSError, ValueError, LookupError, TypeError):
         made = None
     no_draft = f"{str(folder)!r} is no draft for this target:"
@@ -241,7 +243,7 @@ def _check_begun(
 
     no_draft = f"{str(folder)!r} is no draft for this target:"
     for name in _PER_LAYER:
-        if getattr(config, name, None) != values.get(name, getattr(config, name, None)):
+        if name in values and values[name] != getattr(config, name, None):
             raise DistillError(f"{no_draft} its {name} are {values[name]}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

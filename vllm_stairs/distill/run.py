@@ -3,10 +3,9 @@
 from vllm_stairs.distill.settings import Reporter, Settings
 from vllm_stairs.distill.stage_data import make_data
 from vllm_stairs.distill.stage_evaluate import evaluate, greedy_texts
-from vllm_stairs.distill.stage_train import MADE_BY, check_training, make_draft
+from vllm_stairs.distill.stage_train import check_training, make_draft
 
 __all__ = [
-    "MADE_BY",
     "Reporter",
     "Settings",
     "check_training",

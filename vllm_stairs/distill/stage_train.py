@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.device import device_of, limited_memory
-from vllm_stairs.distill.draft import WEIGHTS_FILE, DraftShape
+from vllm_stairs.distill.draft import MADE_BY, WEIGHTS_FILE, DraftShape
 from vllm_stairs.distill.errors import DistillError
 from vllm_stairs.distill.settings import Reporter, Settings, hash_of
 from vllm_stairs.distill.shards import Folder, another_run, check_same_run, different_settings
@@ -18,9 +18,6 @@ from vllm_stairs.proposer.vocabulary import save_frequencies
 
 if TYPE_CHECKING:
     from vllm_stairs.distill.training import Recipe
-
-MADE_BY = "distill.json"
-"""In a draft's folder: how it was made."""
 
 TRAINING_FILE = "training.json"
 """Beside the checkpoints: what the training depends on."""

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import WORDS, TinyModels
 from vllm_stairs import cli
+from vllm_stairs.proposer.vocabulary import FREQUENCIES_FILE, read_frequencies
 
 COMMAND = [sys.executable, "-m", "vllm_stairs.cli", "distill"]
 
@@ -268,20 +269,24 @@ def test_a_draft_is_gone_on_with(
     shapeless = [*common[:layers], *common[layers + 2 :]]
     given = ["train", *shapeless, "--out", tmp_path / "draft", "--work", work, "--epochs", "0.5"]
     before = (out / "model.safetensors").read_bytes()
-    carried_out(*given, "--start-from", out)
+    carried_out(*given, "--start-from", out, "--layers", 3)
     assert (out / "model.safetensors").read_bytes() == before
     first, further = (
         json.loads((folder / "distill.json").read_text()) for folder in (out, tmp_path / "draft")
     )
-    # It begins where the other one ended, and is of its shape.
+    # It begins where the other one ended, with a layer more.
     best = max(point["eval_acceptance_length"] for point in first["curve"])
     assert further["curve"][0]["eval_acceptance_length"] == pytest.approx(best)
-    assert further["shape"]["layers"] == first["shape"]["layers"]
+    assert (first["shape"]["layers"], further["shape"]["layers"]) == (2, 3)
+    # The same data once more: it counts with what the first one had learned from.
+    counts = [read_frequencies(folder / FREQUENCIES_FILE) for folder in (out, tmp_path / "draft")]
+    assert (counts[1] == 2 * counts[0]).all()
     assert "gone on with from the draft `draft`" in (tmp_path / "draft" / "README.md").read_text()
 
     assert "different: start_from" in refused(*given, "--layers", 2)
-    other = ["train", *common, "--out", tmp_path / "other", "--work", work]
-    assert "--layers does not go with" in refused(*other, "--start-from", out)
+    other = ["train", *shapeless, "--out", tmp_path / "other", "--work", work]
+    assert "--heads does not go with" in refused(*other, "--heads", 2, "--start-from", out)
+    assert "2 layers, not 1" in refused(*other, "--layers", 1, "--start-from", out)
     other = ["train", *shapeless, "--out", tmp_path / "other", "--work", work, "--start-from"]
     assert "no draft in" in refused(*other, tmp_path)
     assert "the same folder" in refused(*other, tmp_path / "other")

@@ -311,6 +311,47 @@ def test_a_draft_is_float32_whatever_the_target(dtype):
     assert torch.equal(draft.lm_head.weight, target.lm_head.weight.float())
 
 
+@pytest.mark.parametrize("kind", drafts.SUPPORTED)
+def test_a_draft_that_grows_begins_as_good_as_it_was(kind):
+    config = tiny_config(kind)
+    target = tiny_model(config)
+    begun = drafts.resolve(config, DraftShape(layers=2, from_layers=(0, 4)))
+    trained = drafts.build(target, begun)
+    train(trained)
+    shape = drafts.grown(begun, config, layers=4)
+    assert shape.from_layers == (0, 1, 3, 4)
+    draft = drafts.build(target, shape)
+    drafts.begin_as(draft, shape, trained.state_dict(), begun)
+    assert torch.allclose(logits(draft), logits(trained), atol=1e-5)
+    added = draft.model.layers[1].mlp.down_proj.weight
+    assert added.requires_grad
+    assert not added.any()
+    # All of an added layer learns once it has begun to write.
+    with torch.no_grad():
+        added.add_(0.01)
+    draft(IDS).logits.square().sum().backward()
+    assert draft.model.layers[1].mlp.down_proj.weight.grad.any()
+    assert all(p.grad.any() for p in draft.model.layers[1].mlp.parameters())
+
+
+def test_a_draft_grows_by_the_layers_that_are_chosen():
+    config = tiny_config(num_hidden_layers=8)
+    begun = drafts.resolve(config, DraftShape(layers=2, from_layers=(0, 4)))
+    assert drafts.grown(begun, config, layers=2) == begun
+    assert drafts.grown(begun, config, from_layers=(0, 3, 4)).from_layers == (0, 3, 4)
+    for given, says in (
+        ({"layers": 1}, "has 2 layers, not 1"),
+        ({"layers": 8}, "choose 1 to 7"),
+        ({"from_layers": (0, 3)}, "made of the target's layers 0, 4"),
+        ({"layers": 4, "from_layers": (0, 3, 4)}, "4 layers from 3"),
+    ):
+        with pytest.raises(DistillError, match=says):
+            drafts.grown(begun, config, **given)
+    narrow = drafts.resolve(config, DraftShape(layers=2, width=0.5))
+    with pytest.raises(DistillError, match="target's own width"):
+        drafts.grown(narrow, config, layers=3)
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(target):
     shape = PRESETS["narrow"]
     first = drafts.build(target, shape)
@@ -400,6 +441,30 @@ def test_a_float32_delta_loses_nothing(target, target_dir, tmp_path):
     delta = write_delta(draft, target_dir, tmp_path / "delta", dtype=torch.float32)
     drafts.assemble(delta, target_dir, tmp_path / "draft")
     assert torch.equal(logits(load(tmp_path / "draft")), logits(draft))
+
+
+def test_an_int8_delta_is_half_as_large_and_rounds_each_row_to_255_steps(
+    target, target_dir, tmp_path
+):
+    draft = drafts.build(target, DraftShape())
+    train(draft)
+    with torch.no_grad():  # A row of zeros, and one that dwarfs the others.
+        weight = draft.model.layers[0].mlp.down_proj.weight
+        weight[0] = 0
+        weight[1] *= 1000
+    delta = write_delta(draft, target_dir, tmp_path / "delta", dtype=torch.int8)
+    manifest = json.loads((delta / drafts.MANIFEST_FILE).read_text())
+    assert (manifest["dtype"], manifest["format"]) == ("int8", 2)
+    sizes = [t.numel() for t in draft.parameters() if t.requires_grad]
+    assert (delta / drafts.DELTA_FILE).stat().st_size < 1.5 * sum(sizes) + 4096
+    drafts.assemble(delta, target_dir, tmp_path / "draft")
+    found = dict(load(tmp_path / "draft").named_parameters())
+    for name, tensor in draft.named_parameters():
+        if tensor.ndim == 2 and tensor.requires_grad:
+            step = tensor.abs().amax(1, keepdim=True) / 127
+            assert ((found[name] - tensor).abs() <= 0.501 * step).all()
+        else:
+            assert torch.allclose(found[name], tensor, rtol=2**-8)
 
 
 def test_a_delta_holds_the_layers_and_nothing_of_the_target(delta, target):
@@ -504,7 +569,7 @@ def damaged(name):
 
 def newer(folder):
     path = folder / drafts.MANIFEST_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
 
 
 @pytest.mark.parametrize(
@@ -516,7 +581,7 @@ def newer(folder):
         (damaged("delta.safetensors"), r"delta\.safetensors is damaged"),
         (damaged("config.json"), r"config\.json is damaged"),
         (damaged("delta.json"), r"delta\.json is damaged"),
-        (newer, "of format 2 and this version reads 1: update"),
+        (newer, "of format 9, which this version does not read: update"),
     ],
 )
 def test_a_delta_that_is_not_whole_is_one_line(delta, target_dir, tmp_path, harm, says):

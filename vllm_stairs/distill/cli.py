@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     draft("--layers", type=int, metavar="N")
     draft("--from-layers", type=int, nargs="+", metavar="I", help="target layers to begin with")
     draft("--start-from", type=Path, metavar="DIR", help="go on with a draft that there is, on "
-          "other data; its shape is taken over")  # fmt: skip
+          "other data; its shape is taken over, but it may be given more --layers")  # fmt: skip
     draft("--hidden-size", type=int, metavar="N")
     draft("--heads", type=int, metavar="N")
     draft("--kv-heads", type=int, metavar="N")
@@ -91,6 +91,8 @@ def add_parser(subparsers: Any) -> None:
     judge = parser.add_argument_group("evaluate, delta, assemble").add_argument
     judge("--draft", type=Path, metavar="DIR", help="the draft to judge or to store")
     judge("--delta", type=Path, metavar="DIR", help="what differs from the target")
+    judge("--delta-dtype", choices=("bfloat16", "int8"), default="bfloat16", help="how it is "
+          "stored; int8 takes half the room")  # fmt: skip
     judge("--judge-prompts", default="spec-bench", metavar="SOURCE", help="as in bench run")
     judge("--judge-tokens", type=int, default=96, metavar="N")
     judge("--limit", type=int, metavar="N", help="prompts, an equal share of each group")
@@ -267,17 +269,20 @@ def _shape(args: argparse.Namespace) -> Any:
 
 def _shape_of(args: argparse.Namespace, config: Any) -> Any:
     """The shape of the draft that is to be gone on with."""
-    from vllm_stairs.distill.draft import shape_of
+    from vllm_stairs.distill.draft import grown, shape_of
 
-    options = ("layers", "from_layers", "hidden_size", "heads", "kv_heads", "intermediate_size")
-    given = [name for name in (*options, "tied") if getattr(args, name) is not None]
+    options = ("hidden_size", "heads", "kv_heads", "intermediate_size", "tied")
+    given = [name for name in options if getattr(args, name) is not None]
     if given:
         raise DistillError(
             f"--{given[0].replace('_', '-')} does not go with --start-from: that draft has a shape"
         )
     if args.start_from.resolve() == args.out.resolve():
         raise DistillError("--start-from and --out are the same folder: choose another --out")
-    return shape_of(args.start_from, Path(args.target), config)
+    shape = shape_of(args.start_from, Path(args.target), config)
+    if args.layers is None and args.from_layers is None:
+        return shape
+    return grown(shape, config, layers=args.layers, from_layers=args.from_layers)
 
 
 def _data(args: argparse.Namespace, reporter: _Reporter) -> int:
@@ -381,6 +386,7 @@ def _delta(args: argparse.Namespace, _: _Reporter) -> int:
         _required(args, "delta"),
         target_name=target.name,
         target_fingerprint=target_fingerprint(target, frozen_names(draft, shape)),
+        dtype=getattr(torch, args.delta_dtype),
         extras_from=folder,
     )
     return 0

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vllm_stairs.distill.errors import DistillError
+from vllm_stairs.heap import keep_freed_memory
+from vllm_stairs.processor import fast_bfloat16
 
 
 def device_of(name: str) -> str:
@@ -32,12 +34,10 @@ def dtype_of(name: str, device: str) -> str:
     return "bfloat16" if fast_bfloat16() else "float32"
 
 
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
-    import torch
-
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
+def prepare_memory(device: str) -> None:
+    """See to it that many passes over large batches cost no page faults."""
+    if device == "cpu":
+        keep_freed_memory()
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +54,15 @@ MADE_BY = "distill.json"
 """In a draft's folder: how it was made."""
 EXTRA_FILES = (FREQUENCIES_FILE, "README.md", MADE_BY)
 """What lies beside a draft's weights, where there is any."""
-FORMAT = 1
+FORMATS = {"int8": 2}
+"""What a delta's manifest says of its dtype; 1 is any other."""
+SCALE = ".scale"
+"""Of a matrix that is stored in int8: this, after its name, holds a number for each row."""
 
 _HASHED_FILES = ("config.json", DELTA_FILE)
 _LAYERS = "model.layers."
+_WRITES = ("o_proj", "down_proj")
+"""The parts of a layer whose outputs are added to what it was given."""
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 _PER_LAYER = ("layer_types", "no_rope_layers")
@@ -219,6 +224,47 @@ def shape_of(folder: Path, target_dir: Path, config: "PretrainedConfig") -> Draf
     shape = resolve(config, shape)
     _check_begun(folder, target_dir, draft_config(config, shape), values, shape)
     return shape
+
+
+def grown(
+    shape: DraftShape,
+    config: "PretrainedConfig",
+    *,
+    layers: int | None = None,
+    from_layers: Sequence[int] | None = None,
+) -> DraftShape:
+    """The shape of a draft that gets more layers, see :func:`begin_as`; resolved.
+
+    Args:
+        shape: what it has, resolved.
+        config: the target's.
+        layers: how many it is to have; None: as ``from_layers`` says.
+        from_layers: layers of the target that all of its are to begin as, those that it began as
+            among them; None: the ones nearest to either end are added, of which a draft learns
+            the most.
+
+    Raises:
+        DistillError: the draft is narrower than the target, has as many layers already, or the
+            layers that it began as are missing.
+    """
+    own = shape.from_layers
+    if own is None:
+        raise DistillError("only a draft of the target's own width can be given more layers")
+    total = config.num_hidden_layers
+    if from_layers is None:
+        wanted = shape.layers if layers is None else layers
+        if wanted < shape.layers:
+            raise DistillError(f"the draft to begin with has {shape.layers} layers, not {wanted}")
+        others = [layer for layer in range(total) if layer not in own]
+        others.sort(key=lambda layer: (min(layer, total - 1 - layer), layer))
+        from_layers = sorted([*own, *others[: wanted - shape.layers]])
+    if not set(own) <= set(from_layers):
+        raise DistillError(
+            f"the draft to begin with was made of the target's layers {', '.join(map(str, own))}: "
+            "all of them must be among the layers that are chosen"
+        )
+    chosen = tuple(from_layers)
+    return resolve(config, replace(shape, layers=layers or len(chosen), from_layers=chosen))
 
 
 def _check_begun(
@@ -433,6 +479,37 @@ def build(target: "PreTrainedModel", shape: DraftShape, *, seed: int = 0) -> "Pr
     return draft.eval()
 
 
+def begin_as(
+    draft: "PreTrainedModel",
+    shape: DraftShape,
+    trained: Mapping[str, "torch.Tensor"],
+    begun: DraftShape,
+) -> None:
+    """Give a draft the weights of a trained one that has as many layers, or fewer.
+
+    The layers in between add nothing yet (what they write is multiplied by zeros, all else in them
+    is the target's), so that the draft begins as good as the trained one is: Net2Net's deeper net
+    (Chen, Goodfellow and Shlens, arXiv 1511.05641) for residual layers.
+
+    Args:
+        draft: as :func:`build` has made it; is written into.
+        shape: its, resolved.
+        trained: weights of the other one.
+        begun: its shape, as :func:`shape_of` says; ``shape`` is :func:`grown` from it.
+    """
+    import torch
+
+    places = tuple(range(begun.layers))
+    if shape.from_layers and begun.from_layers:
+        places = tuple(map(shape.from_layers.index, begun.from_layers))
+    tensors = {_source(name, places): tensor for name, tensor in trained.items()}
+    for name, tensor in draft.state_dict().items():
+        if name not in tensors:
+            adds = name.split(".")[-2] in _WRITES
+            tensors[name] = torch.zeros_like(tensor) if adds else tensor
+    draft.load_state_dict(tensors)
+
+
 def _tensor(tensors: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":
     if name not in tensors:
         raise DistillError(f"the target has no tensor {name}: it is not what its type says")
@@ -440,7 +517,7 @@ def _tensor(tensors: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":
 
 
 def _source(name: str, from_layers: tuple[int, ...]) -> str:
-    """The target's tensor that the draft's tensor ``name`` begins as."""
+    """What the tensor ``name`` is called in a model in which layer ``i`` is ``from_layers[i]``."""
     if not name.startswith(_LAYERS):
         return name
     layer, rest = name.removeprefix(_LAYERS).split(".", 1)
@@ -535,6 +612,37 @@ def _write_tensors(file: Path, tensors: Mapping[str, "torch.Tensor"], dtype: "to
         save_file(stored, partial, metadata={"format": "pt"})
 
 
+def _write_delta(file: Path, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    if dtype is not torch.int8:
+        _write_tensors(file, tensors, dtype)
+        return
+    stored = {}
+    for name, tensor in tensors.items():
+        values = tensor.to("cpu", torch.float32)
+        if values.ndim != 2:  # Few, and the ones that everything is multiplied with.
+            stored[name] = values.bfloat16()
+            continue
+        scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        stored[name] = (values / scale).round().to(torch.int8)
+        stored[name + SCALE] = scale
+    with new_file(file) as partial:
+        save_file(stored, partial, metadata={"format": "pt"})
+
+
+def _read_delta(file: Path) -> dict[str, "torch.Tensor"]:
+    from safetensors.torch import load_file
+
+    stored = load_file(file)
+    return {
+        name: tensor * stored[name + SCALE] if name + SCALE in stored else tensor
+        for name, tensor in stored.items()
+        if not name.endswith(SCALE)
+    }
+
+
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
     with new_file(file) as partial:
         partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -578,7 +686,8 @@ def save_delta(
         folder: appears whole or not at all, and replaces only what this function made.
         target_name: for the reader.
         target_fingerprint: from the function of that name, for :func:`frozen_names`.
-        dtype: of the trained weights; None: bfloat16.
+        dtype: of the trained weights; None: bfloat16. int8 takes half of it: each row of a matrix
+            in 255 steps, and a float32 number for the row.
         extras_from: a folder whose :data:`EXTRA_FILES` are copied, where it has them.
 
     Raises:
@@ -597,22 +706,23 @@ def save_delta(
             "the dtype that it is stored in, and train nothing that is frozen"
         )
     dtype = torch.bfloat16 if dtype is None else dtype
+    dtype_name = str(dtype).removeprefix("torch.")
     trained = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
     config = _config_values(draft)
     config.pop("dtype", None)  # the target's, when it is assembled
     with new_folder(folder, MANIFEST_FILE, DistillError) as partial:
-        _write_tensors(partial / DELTA_FILE, trained, dtype)
+        _write_delta(partial / DELTA_FILE, trained, dtype)
         _write_json(partial / "config.json", config)
         if extras_from is not None:
             _copy_extras(extras_from, partial)
         _write_json(
             partial / MANIFEST_FILE,
             {
-                "format": FORMAT,
+                "format": FORMATS.get(dtype_name, 1),
                 "target": target_name,
                 "target_fingerprint": target_fingerprint,
                 "from_target": sorted(taken),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name,
                 "sha256": {name: _hash_of(partial / name) for name in _HASHED_FILES},
                 "vllm_stairs": __version__,
             },
@@ -622,8 +732,8 @@ def save_delta(
 def assemble(delta_dir: Path, target_dir: Path, out_dir: Path) -> None:
     """Make a draft's folder from its delta and its target.
 
-    The folder is the one :func:`save` would have written after rounding the trained weights to
-    the delta's dtype. It appears whole or not at all, and replaces only what this function made.
+    The folder is the one :func:`save` would have written after rounding the trained weights as
+    the delta does. It appears whole or not at all, and replaces only what this function made.
 
     Raises:
         DistillError: a file is missing or damaged, the target is another one, or ``out_dir``
@@ -639,8 +749,6 @@ def assemble_into(delta_dir: Path, target_dir: Path, folder: Path) -> None:
     Raises:
         DistillError: a file is missing or damaged, or the target is another one.
     """
-    from safetensors.torch import load_file
-
     manifest = _read_manifest(delta_dir)
     _check_target(target_dir)
     taken = _read_target(target_dir, manifest["from_target"])
@@ -649,7 +757,7 @@ def assemble_into(delta_dir: Path, target_dir: Path, folder: Path) -> None:
             f"{target_dir} is not the model that this draft was made for ({manifest['target']}): "
             "its weights differ"
         )
-    tensors = {**taken, **load_file(delta_dir / DELTA_FILE)}
+    tensors = {**taken, **_read_delta(delta_dir / DELTA_FILE)}
     config = json.loads((delta_dir / "config.json").read_text())
     _write_model(folder, tensors, config, target_dir, None)
     _copy_extras(delta_dir, folder)
@@ -674,9 +782,9 @@ def _read_manifest(delta_dir: Path) -> dict[str, Any]:
         version = manifest["format"]
     except (ValueError, TypeError, KeyError) as error:
         raise DistillError(f"{delta_dir / MANIFEST_FILE} is damaged: copy it anew") from error
-    if version != FORMAT:
+    if version not in (1, *FORMATS.values()):
         raise DistillError(
-            f"{delta_dir} is of format {version} and this version reads {FORMAT}: "
+            f"{delta_dir} is of format {version}, which this version does not read: "
             "update vllm-stairs"
         )
     for name in _HASHED_FILES:

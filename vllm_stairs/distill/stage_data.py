@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_stairs.distill import generators, prompts
 from vllm_stairs.distill.conversations import SAMPLED, Talk, converse
-from vllm_stairs.distill.device import device_of, dtype_of, limited_memory
+from vllm_stairs.distill.device import device_of, dtype_of, limited_memory, prepare_memory
 from vllm_stairs.distill.draft import WEIGHTS_FILE
 from vllm_stairs.distill.errors import DistillError
 from vllm_stairs.distill.prompts import BenchmarkFilter, Seed, Turn
@@ -156,7 +156,9 @@ def _label(settings: Settings, folder: Folder, reporter: Reporter) -> None:
     missing = [i for i in folder.indices() if not folder.labels_file(i).exists()]
     if not missing:
         return
-    on_device = device_of(settings.device) != "cpu"
+    device = device_of(settings.device)
+    prepare_memory(device)
+    on_device = device != "cpu"
     with limited_memory(f"give --target-dtype bfloat16{', or --device cpu' * on_device}"):
         target = load_target(settings)
         total = sum(folder.load(i).written for i in missing)

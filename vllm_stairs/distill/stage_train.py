@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_stairs.distill import acceptance
-from vllm_stairs.distill.device import device_of, limited_memory
+from vllm_stairs.distill.device import device_of, limited_memory, prepare_memory
 from vllm_stairs.distill.draft import MADE_BY, WEIGHTS_FILE, DraftShape
 from vllm_stairs.distill.errors import DistillError
 from vllm_stairs.distill.settings import Reporter, Settings, hash_of
 from vllm_stairs.distill.shards import Folder, another_run, check_same_run, different_settings
 from vllm_stairs.folders import new_folder
-from vllm_stairs.proposer.vocabulary import save_frequencies
+from vllm_stairs.proposer.vocabulary import (
+    FREQUENCIES_FILE,
+    read_frequencies,
+    save_frequencies,
+)
 
 if TYPE_CHECKING:
     from vllm_stairs.distill.training import Recipe
@@ -54,6 +58,15 @@ def _chosen(
     }
 
 
+def _counted_before(begun: Path | None, counts: Any) -> Any:
+    """How often each id was written in what a draft had learned from; zeros where nobody knows."""
+    try:
+        before = read_frequencies(begun / FREQUENCIES_FILE) if begun else 0
+    except (OSError, ValueError):
+        before = 0
+    return before if getattr(before, "shape", None) == counts.shape else 0 * counts
+
+
 def make_draft(
     settings: Settings,
     shape: DraftShape,
@@ -76,7 +89,7 @@ def make_draft(
         out: the draft's folder; is replaced when the draft is complete.
         reporter: is told.
         name: of the folder in ``settings.work`` for checkpoints.
-        start_from: a draft to go on with, of the same shape.
+        start_from: a draft to go on with, of the same shape or with fewer layers.
         begun_as: the draft that the first of several trainings began with; None: ``start_from``.
 
     Returns:
@@ -103,12 +116,15 @@ def make_draft(
     if not begun:
         (work / training.CURVE_FILE).unlink(missing_ok=True)  # It may be another shape's.
     torch.manual_seed(recipe.seed)
+    device = device_of(settings.device)
+    prepare_memory(device)
     with limited_memory("lower --batch, --max-length, or choose a smaller preset"):
         target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=torch.float32)
         model = draft.build(target, shape)
         if start_from:
+            begun_shape = draft.shape_of(start_from, Path(settings.target), target.config)
             trained = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
-            model.load_state_dict(trained.state_dict())
+            draft.begin_as(model, shape, trained.state_dict(), begun_shape)
         del target
         counts = training.frequencies(folders, model.config.vocab_size)
         started = time.monotonic()
@@ -118,14 +134,14 @@ def make_draft(
             recipe,
             work,
             counts=counts,
-            device=device_of(settings.device),
+            device=device,
             say=reporter.say,
         )
     minutes = (time.monotonic() - started) / 60
     first = begun_as or (start_from if start_from != out else None)
     with new_folder(out, MADE_BY, DistillError) as folder:
         draft.save(model.to("cpu").float(), folder, Path(settings.target))
-        save_frequencies(folder, counts)
+        save_frequencies(folder, counts + _counted_before(first, counts))
         (folder / "README.md").write_text(
             card.text(
                 settings=settings,

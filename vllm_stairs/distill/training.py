@@ -24,11 +24,11 @@ from vllm_stairs.distill import acceptance
 from vllm_stairs.distill.acceptance import Acceptance, Text
 from vllm_stairs.distill.batching import padded
 from vllm_stairs.distill.conversations import GREEDY
-from vllm_stairs.distill.device import fast_bfloat16
 from vllm_stairs.distill.errors import DistillError
 from vllm_stairs.distill.labels import Labels, finished
 from vllm_stairs.distill.losses import distance
 from vllm_stairs.distill.shards import Folder, Shard, save_json
+from vllm_stairs.processor import fast_bfloat16
 from vllm_stairs.proposer.vocabulary import covering_ids
 
 COMMON = 0.97

@@ -8,8 +8,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_stairs.engine.cpu import free_memory, in_process, memory_share
 from vllm_stairs.engine.frames import with_room
-from vllm_stairs.engine.heap import keep_freed_memory
 from vllm_stairs.engine.runner import StairsCPUModelRunner, StairsGPUModelRunner
+from vllm_stairs.heap import keep_freed_memory
 from vllm_stairs.placement.cluster import may_be_here
 
 logger = init_logger("vllm.stairs.worker")

@@ -59,6 +59,13 @@ class StairsOptions(BaseModel):
         "frequent ids; 'full': all; a number: so many of the most frequent; or a file of ids (a "
         "JSON list, one id a line, or safetensors with 'ids').",
     )
+    draft_weights: Literal["auto", "bfloat16", "full"] = Field(
+        default="auto",
+        description="On CPU, where target and draft run in float32: the type in which the draft's "
+        "matrices are held and multiplied. 'auto': bfloat16 if the processor has arithmetic for "
+        "it; 'bfloat16'; 'full': float32. What the draft writes is checked by the target either "
+        "way.",
+    )
     placement: Literal["colocated", "replicated", "dedicated"] = Field(
         default="colocated",
         description="Where the draft lives: 'colocated', on the target's devices, sharded as the "

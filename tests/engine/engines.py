@@ -52,6 +52,8 @@ def stairs(model: Path, draft: Path, height: int = 8, **kwargs: Any) -> LLM:
         config["max_model_len"] = config.pop("max_model_len_draft")
     # What `auto` drafts depends on measured times: only its own tests ask for it.
     config.setdefault("stairs_height", "fixed")
+    # A target that is its own draft agrees with itself only where both are float32.
+    config.setdefault("stairs_draft_weights", "full")
     config |= {"method": "stairs", "model": str(draft), "num_speculative_tokens": height}
     return _engine(str(model), json.dumps(config, sort_keys=True), json.dumps(kwargs))
 
@@ -174,6 +176,7 @@ def tensor_parallel_2(
                 "model": str(draft),
                 "num_speculative_tokens": 4,
                 "stairs_height": "fixed",
+                "stairs_draft_weights": "full",
                 **options,
             },
         },

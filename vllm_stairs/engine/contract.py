@@ -203,7 +203,7 @@ HOOKS: tuple[Hook, ...] = (
         "model_executor.layers.utils",
         "dispatch_cpu_unquantized_gemm",
         "layer remove_weight",
-        "packs the trimmed head",
+        "packs the output head",
     ),
     _hook(
         "model_executor.layers.vocab_parallel_embedding",
@@ -224,9 +224,22 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _hook(
         "model_executor.layers.linear",
-        "UnquantizedLinearMethod",
-        None,
-        "a head that can be trimmed",
+        "UnquantizedLinearMethod.create_weights",
+        "self layer input_size_per_partition output_partition_sizes input_size output_size "
+        "params_dtype",
+        "a draft's matrices in bfloat16",
+    ),
+    _hook(
+        "model_executor.layers.linear",
+        "UnquantizedLinearMethod.apply",
+        "self layer x bias",
+        "a draft's matrices in bfloat16",
+    ),
+    _hook(
+        "model_executor.layers.quantization.base_config",
+        "QuantizationConfig.get_quant_method",
+        "self layer prefix",
+        "a draft's matrices in bfloat16",
     ),
     _hook(
         "distributed.communication_op",

@@ -29,6 +29,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_stairs.engine.cpu import free_memory
+from vllm_stairs.engine.draft_weights import settle_weights
 from vllm_stairs.engine.frames import with_room
 from vllm_stairs.engine.proposer import DraftBatch, StairsProposer
 from vllm_stairs.placement.patience import Foresight
@@ -105,12 +106,14 @@ class Writer:
         if current_platform.is_cpu() and cache_config.kv_cache_memory_bytes is None:
             # vLLM would ask for most of the memory, which the target has already done.
             cache_config.kv_cache_memory_bytes = free_memory().available_memory // 4
+        matrices = settle_weights(vllm_config, speculative_config)
         self.core = EngineCore(vllm_config, DraftExecutor, log_stats=False)
         runner = self.core.model_executor.driver_worker.worker.model_runner
         config = copy.copy(vllm_config)
         config.speculative_config = speculative_config
         with set_current_vllm_config(vllm_config):
             self.proposer = ActorProposer(config, runner.device, runner)
+            self.proposer.matrices = matrices
             self.proposer.load_model(runner)
         self.block_table = runner.input_batch.block_table[0]
         rows, blocks = self.block_table.get_numpy_array().shape
@@ -286,7 +289,7 @@ class ActorProposer(StairsProposer):
         self.input_ids, self.positions = runner.input_ids.gpu, runner.positions
         self.initialize_cudagraph_keys(self.compilation_config.cudagraph_mode)
         self._delay = float(os.environ.get(DELAY_VARIABLE, 0)) / 1e3
-        self._trim()
+        self._settle_head()
 
     def _run(self, *args: Any) -> torch.Tensor:
         """See :meth:`StairsProposer._run`."""

@@ -1,4 +1,4 @@
-"""A draft model's output head with some of its rows only.
+"""A draft model's output head with some of its rows only, or in bfloat16.
 
 The model's own ``compute_logits`` stays in use, with whatever it does to logits (scale, soft cap):
 only the head that its ``LogitsProcessor`` multiplies with is another. Which head that is, and
@@ -23,6 +23,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
+from vllm_stairs.engine.draft_weights import pack_head
+
 
 class CannotTrimError(Exception):
     """The head has to stay whole; the message says why, as the end of a sentence."""
@@ -45,7 +47,13 @@ class TrimmedHead:
 
 @torch.no_grad()
 def trim_head(
-    model: Any, token_ids: tuple[int, ...], hidden_size: int, dtype: torch.dtype, device: Any
+    model: Any,
+    token_ids: tuple[int, ...],
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: Any,
+    *,
+    bfloat16: bool = False,
 ) -> TrimmedHead:
     """Let a loaded model compute logits of some ids only.
 
@@ -59,13 +67,13 @@ def trim_head(
         hidden_size: width of its hidden states.
         dtype: their type.
         device: where it is.
+        bfloat16: of a float32 model on CPU: multiply in bfloat16 (``draft_weights``).
 
     Raises:
         CannotTrimError: the model is as it was.
     """
     ids = torch.tensor(token_ids, dtype=torch.int64)
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    probe = torch.randn(2, hidden_size, generator=generator, device="cpu").to(device, dtype)
+    probe = _probe(hidden_size, dtype, device)
     processor, head, bias, logits = _find_head(model, probe)
     if len(logits) != len(probe) or logits.shape[-1] <= int(ids.max()):
         raise CannotTrimError(f"its logits have the shape {tuple(logits.shape)}")
@@ -73,11 +81,12 @@ def trim_head(
 
     trimmed = _copy_rows(head, bias, ids, device)
     num_bytes = sum(p.numel() * p.element_size() for p in trimmed.parameters())
+    # A head that computes in another type than it is stored in is not packed, and reads its weight.
+    in_dtype = getattr(processor, "head_dtype", None) in (None, dtype)
+    bfloat16 = bfloat16 and in_dtype
     if current_platform.is_cpu():
-        # As UnquantizedEmbeddingMethod does, but without keeping the rows twice; a head that
-        # computes in another type than it is stored in is not packed, and reads its weight.
-        in_dtype = getattr(processor, "head_dtype", None) in (None, dtype)
-        dispatch_cpu_unquantized_gemm(trimmed, remove_weight=in_dtype)
+        # As UnquantizedEmbeddingMethod does, but without keeping the rows twice.
+        dispatch_cpu_unquantized_gemm(trimmed, remove_weight=in_dtype and not bfloat16)
 
     org_vocab_size = processor.org_vocab_size
     processor.forward = functools.partial(_with_head, processor.forward, trimmed)
@@ -95,7 +104,31 @@ def trim_head(
     if current_platform.is_cpu():
         # Nobody multiplies with the whole head any more: let go of vLLM's packed copy of it.
         head.cpu_linear = torch.nn.functional.linear
+    if bfloat16:
+        num_bytes = pack_head(trimmed)
+        trimmed.weight = torch.nn.Parameter(trimmed.weight.new_empty(0), requires_grad=False)
     return TrimmedHead(ids.to(device), num_bytes, head.weight.numel() * head.weight.element_size())
+
+
+@torch.no_grad()
+def pack_whole_head(model: Any, hidden_size: int, dtype: torch.dtype, device: Any) -> int:
+    """Let a loaded model on CPU compute its logits with bfloat16 matrices; see :func:`trim_head`.
+
+    Returns:
+        Bytes of the head on this rank that each pass reads.
+
+    Raises:
+        CannotTrimError: the model is as it was.
+    """
+    processor, head, _, _ = _find_head(model, _probe(hidden_size, dtype, device))
+    if getattr(processor, "head_dtype", None) not in (None, dtype):
+        raise CannotTrimError("it computes in another type than it is stored in")
+    return pack_head(head)
+
+
+def _probe(hidden_size: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(2, hidden_size, generator=generator, device="cpu").to(device, dtype)
 
 
 def _find_head(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import TinyModels
-from vllm_stairs.distill import acceptance, card
+from vllm_stairs.distill import acceptance, card, training
 from vllm_stairs.distill.acceptance import Acceptance, Text, stretches, walk
 from vllm_stairs.distill.batching import batches, padded
 from vllm_stairs.distill.conversations import GIVEN, GREEDY, SAMPLED, Talk
@@ -301,6 +301,27 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     )
     for name, tensor in parts.items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixed_precision", [True, False])
+def test_mixed_precision_multiplies_in_bfloat16(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed_precision: bool
+) -> None:
+    """While it trains and while it judges; the weights stay float32."""
+    monkeypatch.setattr(training, "fast_bfloat16", lambda: True)
+    dtypes = set()
+
+    def note(module: torch.nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Linear):
+            dtypes.add((torch.is_grad_enabled(), output.dtype))
+
+    learner = Learner(tiny, random_data(tiny, tmp_path / "data"), tmp_path / "training")
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        learner(mixed_precision=mixed_precision)
+    expected = torch.bfloat16 if mixed_precision else torch.float32
+    assert dtypes >= {(True, expected), (False, expected)}
+    assert not mixed_precision or (True, torch.float32) not in dtypes
+    assert {tensor.dtype for tensor in learner.weights.values()} == {torch.float32}
 
 
 def test_evaluations_without_a_gain_are_counted_on_the_schedule() -> None:

@@ -191,12 +191,15 @@ class DraftTrainer(Trainer):
         self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Distance to the target at every labelled position."""
-        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
-        chosen = hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
         columns, ids = columns_of_step(
             inputs["ids"], inputs["log_probabilities"], self.common, len(self.head_ids)
         )
-        logits = torch.nn.functional.linear(chosen, model.lm_head.weight[self.head_ids[columns]])
+        # Only the whole model's forward is wrapped in it by itself.
+        with self.accelerator.autocast():
+            hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+            chosen = hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
+            head = model.lm_head.weight[self.head_ids[columns]]
+            logits = torch.nn.functional.linear(chosen, head)
         logits = finished(logits.float(), model.config)
         found: torch.Tensor = distance(self.loss_kind, logits, ids, inputs["log_probabilities"])
         return found
@@ -204,7 +207,7 @@ class DraftTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Acceptance on held-out text: a line for the user, and a point of the curve, which is
         kept on disk for a run that is resumed."""
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             by_group = acceptance.measure(self.model, self.held_out)
         first, length = acceptance.mean(by_group)
         figures = {"eval_acceptance": first, "eval_acceptance_length": length}

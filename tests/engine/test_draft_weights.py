@@ -18,6 +18,7 @@ from tests.engine.test_draft_vocabulary import EVERY_OTHER, ids_file, variant
 from tests.engine.test_identity import prompts
 from tests.tiny import TinyModels
 from vllm_stairs.engine import draft_weights
+from vllm_stairs.engine import runner as runner_module
 from vllm_stairs.engine.draft_weights import BFloat16Weights, settle_weights
 from vllm_stairs.processor import fast_bfloat16
 
@@ -161,6 +162,7 @@ def test_what_is_not_float32_stays_as_it_is(kwargs: dict[str, Any]) -> None:
 def test_the_default_is_this_processors(tiny: TinyModels) -> None:
     engine = stairs(tiny.target, tiny.noisy, stairs_draft_weights="auto")
     assert (saved_bytes(engine) is not None) == fast_bfloat16()
+    assert statistics(engine)["draft_weights"] == ("bfloat16" if fast_bfloat16() else "full")
     texts = prompts(3, seed=74)
     assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
 
@@ -172,7 +174,8 @@ def test_errors(tiny: TinyModels) -> None:
 
 
 @pytest.mark.full
-def test_a_dedicated_draft_in_bfloat16(tiny: TinyModels) -> None:
+def test_a_dedicated_draft_in_bfloat16(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 20_000.0)
     engine = dedicated(tiny.target, tiny.noisy, stairs_draft_weights="bfloat16")
     colocated = stairs(tiny.target, tiny.noisy, stairs_draft_weights="bfloat16")
     texts = prompts(4, seed=75)
@@ -180,7 +183,9 @@ def test_a_dedicated_draft_in_bfloat16(tiny: TinyModels) -> None:
     kept = []
     for llm in (engine, colocated):
         assert token_ids(llm, texts, greedy()) == expected
-        kept.append(statistics(llm)["accepted_per_position"])
+        counted = statistics(llm)
+        assert counted["draft_weights"] == "bfloat16"
+        kept.append(counted["accepted_per_position"])
     assert kept[0] == kept[1]
 
 
@@ -199,4 +204,5 @@ def test_tensor_parallel_2(tiny: TinyModels, placement: str) -> None:
         stairs_draft_weights="bfloat16",
     )
     assert outputs == [expected]
+    assert counted["draft_weights"] == "bfloat16"
     assert counted["accepted_per_position"][0] > 0.9 * counted["drafted_per_position"][0] > 0

@@ -323,15 +323,12 @@ def test_a_draft_that_grows_begins_as_good_as_it_was(kind):
     draft = drafts.build(target, shape)
     drafts.begin_as(draft, shape, trained.state_dict(), begun)
     assert torch.allclose(logits(draft), logits(trained), atol=1e-5)
-    added = draft.model.layers[1].mlp.down_proj.weight
-    assert added.requires_grad
-    assert not added.any()
-    # All of an added layer learns once it has begun to write.
-    with torch.no_grad():
-        added.add_(0.01)
-    draft(IDS).logits.square().sum().backward()
-    assert draft.model.layers[1].mlp.down_proj.weight.grad.any()
-    assert all(p.grad.any() for p in draft.model.layers[1].mlp.parameters())
+    # It learns from there: neither nothing nor, through a norm of next to nothing, far too much.
+    draft(IDS).logits.log_softmax(-1)[..., 5].mean().backward()
+    added, own = (
+        max(float(p.grad.norm()) for p in draft.model.layers[n].parameters()) for n in (1, 0)
+    )
+    assert 1e-3 * own < added < 30 * own
 
 
 def test_a_draft_grows_by_the_layers_that_are_chosen():

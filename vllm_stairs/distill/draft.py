@@ -62,7 +62,9 @@ SCALE = ".scale"
 _HASHED_FILES = ("config.json", DELTA_FILE)
 _LAYERS = "model.layers."
 _WRITES = ("o_proj", "down_proj")
-"""The parts of a layer whose outputs are added to what it was given."""
+"""The parts of a layer whose outputs are added to what it was given, by most types."""
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""What some types do to these outputs before; a layer that has the second is of such a type."""
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 _PER_LAYER = ("layer_types", "no_rope_layers")
@@ -264,7 +266,8 @@ def grown(
             "all of them must be among the layers that are chosen"
         )
     chosen = tuple(from_layers)
-    return resolve(config, replace(shape, layers=layers or len(chosen), from_layers=chosen))
+    count = len(chosen) if layers is None else layers
+    return resolve(config, replace(shape, layers=count, from_layers=chosen))
 
 
 def _check_begun(
@@ -489,7 +492,8 @@ def begin_as(
 
     The layers in between add nothing yet (what they write is multiplied by zeros, all else in them
     is the target's), so that the draft begins as good as the trained one is: Net2Net's deeper net
-    (Chen, Goodfellow and Shlens, arXiv 1511.05641) for residual layers.
+    (Chen, Goodfellow and Shlens, arXiv 1511.05641) for residual layers. Where what they write is
+    normalised, the zeros are the norm's: a norm would make much of the little that comes next.
 
     Args:
         draft: as :func:`build` has made it; is written into.
@@ -503,10 +507,15 @@ def begin_as(
     if shape.from_layers and begun.from_layers:
         places = tuple(map(shape.from_layers.index, begun.from_layers))
     tensors = {_source(name, places): tensor for name, tensor in trained.items()}
-    for name, tensor in draft.state_dict().items():
+    mine = draft.state_dict()
+    normalised = any(name.split(".")[-2] == _POST_NORMS[1] for name in mine)
+    silenced = _POST_NORMS if normalised else _WRITES
+    # Gemma multiplies with one more than the weight.
+    silence = -1.0 if normalised and draft.config.model_type.startswith("gemma") else 0.0
+    for name, tensor in mine.items():
         if name not in tensors:
-            adds = name.split(".")[-2] in _WRITES
-            tensors[name] = torch.zeros_like(tensor) if adds else tensor
+            silent = name.split(".")[-2] in silenced
+            tensors[name] = torch.full_like(tensor, silence) if silent else tensor
     draft.load_state_dict(tensors)
 
 

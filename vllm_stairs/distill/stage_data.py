@@ -157,10 +157,10 @@ def _label(settings: Settings, folder: Folder, reporter: Reporter) -> None:
     if not missing:
         return
     device = device_of(settings.device)
-    prepare_memory(device)
     on_device = device != "cpu"
     with limited_memory(f"give --target-dtype bfloat16{', or --device cpu' * on_device}"):
         target = load_target(settings)
+        prepare_memory(device)
         total = sum(folder.load(i).written for i in missing)
         done = 0
         started = time.monotonic()

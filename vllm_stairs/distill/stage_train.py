@@ -117,7 +117,6 @@ def make_draft(
         (work / training.CURVE_FILE).unlink(missing_ok=True)  # It may be another shape's.
     torch.manual_seed(recipe.seed)
     device = device_of(settings.device)
-    prepare_memory(device)
     with limited_memory("lower --batch, --max-length, or choose a smaller preset"):
         target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=torch.float32)
         model = draft.build(target, shape)
@@ -126,6 +125,7 @@ def make_draft(
             trained = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
             draft.begin_as(model, shape, trained.state_dict(), begun_shape)
         del target
+        prepare_memory(device)
         counts = training.frequencies(folders, model.config.vocab_size)
         started = time.monotonic()
         by_group, curve = training.train(

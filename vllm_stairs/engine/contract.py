@@ -327,7 +327,21 @@ HOOKS: tuple[Hook, ...] = (
         "v1.spec_decode.draft_model",
         "DraftModelProposer._create_draft_vllm_config",
         "self",
-        "the configuration of a dedicated draft",
+        "the configuration of a draft: dedicated, or with matrices in bfloat16",
+    ),
+    _hook(
+        "config",
+        "VllmConfig",
+        None,
+        "a draft's matrices in bfloat16",
+        "quant_config",
+        "additional_config",
+    ),
+    _hook(
+        "model_executor.layers.utils",
+        "cpu_unquantized_gemm",
+        "layer x weight bias",
+        "reads cpu_linear of an output head, which may be in bfloat16",
     ),
     _hook("config", "set_current_vllm_config", None, "a dedicated draft"),
     _hook(

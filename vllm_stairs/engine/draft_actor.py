@@ -134,9 +134,13 @@ class Writer:
         self._warm_up()
 
     def facts(self) -> dict[str, Any]:
-        """What the target says of its draft when it has started: ``pid``, ``kv_tokens``."""
+        """What the target says of its draft when it has started.
+
+        ``pid``, ``kv_tokens``, ``weights``: ``bfloat16`` or ``full``.
+        """
         return {
             "pid": os.getpid(),
+            "weights": "full" if self.proposer.matrices is None else "bfloat16",
             "kv_tokens": self.num_blocks * self.block_table.block_size,
         }
 

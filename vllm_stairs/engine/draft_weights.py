@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -22,6 +23,8 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
 from vllm_stairs.processor import fast_bfloat16
+
+logger = init_logger("vllm.stairs.proposer")
 
 
 class BFloat16Weights(QuantizationConfig):
@@ -79,6 +82,9 @@ def settle_weights(draft_config: Any, speculative_config: Any) -> BFloat16Weight
     if draft_config.model_config.dtype != torch.float32 or draft_config.quant_config is not None:
         return None
     if choice == "auto" and not fast_bfloat16():
+        return None
+    if not isinstance(draft_config.additional_config, dict):
+        logger.info("Stairs: the draft's matrices stay float32: additional_config is an object.")
         return None
     found = BFloat16Weights()
     draft_config.quant_config = found

@@ -7,7 +7,6 @@ are missing in the draft's KV cache, per request; heights are ragged, and a requ
 to draft costs nothing.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -160,8 +159,10 @@ class StairsProposer(DraftModelProposer):
                 vocabulary = None
         if vocabulary is None:
             if self.matrices is not None:
-                with contextlib.suppress(CannotTrimError):
+                try:
                     pack_whole_head(self.model, *described)
+                except CannotTrimError as reason:
+                    say("Stairs: the draft's output head stays float32: %s.", reason)
             return
         self.kept_ids = head.ids
         share = vocabulary.share

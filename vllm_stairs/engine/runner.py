@@ -603,8 +603,16 @@ class StairsModelRunnerMixin:
             self.stairs_dedicated.close()
 
     def stairs_statistics(self: Any) -> dict[str, Any]:
-        """The counters since start-up (see :class:`vllm_stairs.engine.metrics.Counters`)."""
-        return self.stairs_counters.as_dict()
+        """The counters since start-up (see :class:`vllm_stairs.engine.metrics.Counters`).
+
+        Beside them ``draft_weights``: what became of that option in this rank's draft, ``bfloat16``
+        or ``full``; None while there is no dedicated draft.
+        """
+        if self.stairs_dedicated is None:
+            weights = "full" if self.drafter.matrices is None else "bfloat16"
+        else:
+            weights = (self.stairs_dedicated.facts or {}).get("weights")
+        return {**self.stairs_counters.as_dict(), "draft_weights": weights}
 
 
 def _limits(request: Any, max_height: int) -> RequestLimits:

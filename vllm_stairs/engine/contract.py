@@ -330,7 +330,7 @@ HOOKS: tuple[Hook, ...] = (
         "the configuration of a draft: dedicated, or with matrices in bfloat16",
     ),
     _hook(
-        "config",
+        "config.vllm",
         "VllmConfig",
         None,
         "a draft's matrices in bfloat16",

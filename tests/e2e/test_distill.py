@@ -283,7 +283,7 @@ def test_a_draft_is_gone_on_with(
     assert (counts[1] == 2 * counts[0]).all()
     assert "gone on with from the draft `draft`" in (tmp_path / "draft" / "README.md").read_text()
 
-    assert "different: start_from" in refused(*given, "--layers", 2)
+    assert "different: start_from" in refused(*given, "--layers", 3)
     other = ["train", *shapeless, "--out", tmp_path / "other", "--work", work]
     assert "--heads does not go with" in refused(*other, "--heads", 2, "--start-from", out)
     assert "2 layers, not 1" in refused(*other, "--layers", 1, "--start-from", out)

@@ -606,12 +606,13 @@ class StairsModelRunnerMixin:
         """The counters since start-up (see :class:`vllm_stairs.engine.metrics.Counters`).
 
         Beside them ``draft_weights``: what became of that option in this rank's draft, ``bfloat16``
-        or ``full``; None while there is no dedicated draft.
+        or ``full``; None where a dedicated draft is not there, or is another rank's.
         """
-        if self.stairs_dedicated is None:
-            weights = "full" if self.drafter.matrices is None else "bfloat16"
+        if isinstance(self.drafter, AbsentDrafter):
+            dedicated = self.stairs_dedicated
+            weights = ((dedicated and dedicated.facts) or {}).get("weights")
         else:
-            weights = (self.stairs_dedicated.facts or {}).get("weights")
+            weights = "full" if self.drafter.matrices is None else "bfloat16"
         return {**self.stairs_counters.as_dict(), "draft_weights": weights}
 
 

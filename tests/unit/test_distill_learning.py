@@ -1,6 +1,7 @@
 """Losses, acceptance, labels, against what they are defined by."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +182,7 @@ def test_types_that_change_their_logits_are_followed(kind: str, own: dict[str, f
     np.testing.assert_allclose(found.log_probabilities, values, atol=1e-2)
     trainer = SimpleNamespace(
         head_ids=torch.arange(64), common=torch.arange(64), loss_kind="kl",
+        accelerator=SimpleNamespace(autocast=nullcontext),
     )  # fmt: skip
     inputs = {
         "input_ids": tokens[None], "positions": torch.arange(11), "ids": ids,

@@ -614,16 +614,11 @@ def _write_model(
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> None:
-    from safetensors.torch import save_file
-
-    with new_file(file) as partial:
-        stored = {k: t.to("cpu", dtype).contiguous() for k, t in tensors.items()}
-        save_file(stored, partial, metadata={"format": "pt"})
+    _write_as_they_are(file, {k: t.to("cpu", dtype).contiguous() for k, t in tensors.items()})
 
 
 def _write_delta(file: Path, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> None:
     import torch
-    from safetensors.torch import save_file
 
     if dtype is not torch.int8:
         _write_tensors(file, tensors, dtype)
@@ -637,8 +632,14 @@ def _write_delta(file: Path, tensors: Mapping[str, "torch.Tensor"], dtype: "torc
         scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
         stored[name] = (values / scale).round().to(torch.int8)
         stored[name + SCALE] = scale
+    _write_as_they_are(file, stored)
+
+
+def _write_as_they_are(file: Path, tensors: dict[str, "torch.Tensor"]) -> None:
+    from safetensors.torch import save_file
+
     with new_file(file) as partial:
-        save_file(stored, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def _read_delta(file: Path) -> dict[str, "torch.Tensor"]:

@@ -9,6 +9,7 @@ Linear layers are reached by vLLM's own hook for quantization. The output head i
 the embeddings too. Its packed copy is replaced.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,8 +130,16 @@ class _BFloat16LinearMethod(UnquantizedLinearMethod):
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See ``LinearMethodBase``."""
-        out = super().apply(layer, x.to(torch.bfloat16)).to(x.dtype)
-        return out if bias is None else out + bias
+        multiply = super().apply
+        return _multiplied(lambda rows: multiply(layer, rows), x, bias)
+
+
+def _multiplied(
+    linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What a bfloat16 matrix makes of float32; the bias is added in float32."""
+    out = linear(x.to(torch.bfloat16)).to(x.dtype)
+    return out if bias is None else out + bias
 
 
 @torch.no_grad()
@@ -148,8 +157,7 @@ def pack_head(head: Any) -> int:
     dispatch_cpu_unquantized_gemm(packed, remove_weight=True)
 
     def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        out = packed.cpu_linear(x.to(torch.bfloat16), packed.weight, None).to(x.dtype)
-        return out if bias is None else out + bias
+        return _multiplied(lambda rows: packed.cpu_linear(rows, packed.weight, None), x, bias)
 
     head.cpu_linear = linear
     return num_bytes

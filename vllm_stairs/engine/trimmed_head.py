@@ -82,7 +82,7 @@ def trim_head(
     trimmed = _copy_rows(head, bias, ids, device)
     num_bytes = sum(p.numel() * p.element_size() for p in trimmed.parameters())
     # A head that computes in another type than it is stored in is not packed, and reads its weight.
-    in_dtype = getattr(processor, "head_dtype", None) in (None, dtype)
+    in_dtype = _computes_in(processor, dtype)
     bfloat16 = bfloat16 and in_dtype
     if current_platform.is_cpu():
         # As UnquantizedEmbeddingMethod does, but without keeping the rows twice.
@@ -111,19 +111,21 @@ def trim_head(
 
 
 @torch.no_grad()
-def pack_whole_head(model: Any, hidden_size: int, dtype: torch.dtype, device: Any) -> int:
+def pack_whole_head(model: Any, hidden_size: int, dtype: torch.dtype, device: Any) -> None:
     """Let a loaded model on CPU compute its logits with bfloat16 matrices; see :func:`trim_head`.
-
-    Returns:
-        Bytes of the head on this rank that each pass reads.
 
     Raises:
         CannotTrimError: the model is as it was.
     """
     processor, head, _, _ = _find_head(model, _probe(hidden_size, dtype, device))
-    if getattr(processor, "head_dtype", None) not in (None, dtype):
+    if not _computes_in(processor, dtype):
         raise CannotTrimError("it computes in another type than it is stored in")
-    return pack_head(head)
+    pack_head(head)
+
+
+def _computes_in(processor: LogitsProcessor, dtype: torch.dtype) -> bool:
+    """Whether a head computes in the type of the model."""
+    return getattr(processor, "head_dtype", None) in (None, dtype)
 
 
 def _probe(hidden_size: int, dtype: torch.dtype, device: Any) -> torch.Tensor:

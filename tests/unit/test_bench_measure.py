@@ -54,6 +54,16 @@ def test_keeps_exactly_the_batch_in_flight_in_order():
     assert result.seconds == 12  # Three rounds of four steps.
 
 
+def test_by_group_a_group_ends_before_the_next_begins():
+    items = sorted(work(5), key=lambda item: item.group)
+    engine = FakeEngine()
+    result = run(engine, items, 2, by_group=True)
+    assert [request_id for request_id, _, _ in engine.order] == ["0/0", "2/0", "4/0", "1/0", "3/0"]
+    sent = {request.work.id: request.submitted for request in result.requests}
+    # Mixed, the first of the second group would be sent with the last of the first one.
+    assert sent == {"0": 0, "2": 0, "4": 4, "1": 8, "3": 8}
+
+
 def test_figures_of_plain_decoding():
     engine = FakeEngine()
     figures = measure.summarise(run(engine, work(2), 1))

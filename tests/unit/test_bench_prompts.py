@@ -48,6 +48,9 @@ def test_limit_takes_an_equal_share_of_each_group():
 def test_selection_depends_on_the_seed_only_and_grows_with_the_limit():
     loaded = prompts.load("spec-bench")
     small = prompts.select(loaded, limit=12, seed=1)
+    grouped = prompts.select(loaded, limit=12, seed=1, by_group=True)
+    assert [p.group for p in grouped] == [p.group for p in small[:6] for _ in range(2)]
+    assert set(grouped) == set(small)
     assert small == prompts.select(loaded, limit=12, seed=1)
     assert small == prompts.select(loaded, limit=30, seed=1)[:12]
     assert small != prompts.select(loaded, limit=12, seed=2)

@@ -359,7 +359,11 @@ def test_bad_input_is_told_before_an_engine_starts(bench, tmp_path):
         ({"draft": str(tmp_path / "none")}, "draft of .* no such folder"),
         ({"draft": None}, "needs a draft model"),
         ({"groups": ("poems",)}, "unknown group"),
-        ({"batches": (8,)}, "a batch of 8 needs as many prompts, there are 4"),
+        ({"batches": (8,)}, "a batch of 8 needs as many prompts, there are 4:"),
+        (
+            {"batches": (2,), "by_group": True, "prompts": "spec-bench", "limit": 7},
+            "a batch of 2 needs as many prompts, there are 1 in translation:",
+        ),
     ):
         with pytest.raises(BenchError, match=message):
             bench(**changes)

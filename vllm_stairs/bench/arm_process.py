@@ -104,6 +104,7 @@ class ArmEngine:
         output_tokens: int,
         seed: int,
         ignore_eos: bool,
+        by_group: bool = False,
     ) -> None:
         """Get a pass over the prompts ready, with an empty prefix cache."""
         self.temperature, self.output_tokens = temperature, output_tokens
@@ -114,7 +115,9 @@ class ArmEngine:
         ]
         self.llm.reset_prefix_cache()
         self.before = self._counters()
-        self.loop = Loop(self, items, batch, seed=seed, follow_up=self._follow_up)
+        self.loop = Loop(
+            self, items, batch, seed=seed, follow_up=self._follow_up, by_group=by_group
+        )
 
     def turn(self, until_tokens: int | None) -> bool:
         """Serve until the pass has written so many tokens (None: to its end).

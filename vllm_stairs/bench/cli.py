@@ -129,6 +129,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="spec-bench (240 prompts, in the package), human-eval, FILE.jsonl, FILE")  # fmt: skip
     add("--groups", nargs="+", default=[], metavar="GROUP", help="default: all groups")
     add("--limit", type=int, default=36, help="prompts, an equal share of each group")
+    add(
+        "--by-group",
+        action="store_true",
+        help="one group after the other, each to its end, instead of a mixture",
+    )
     add("--all-turns", action="store_true", help="whole conversations, not first turns")
     add("--skip-long", action="store_true", help="leave prompts out that do not fit")
     add("--seed", type=int, default=0)
@@ -198,6 +203,7 @@ def _measure(args: argparse.Namespace, arms: Sequence[str]) -> int:
         arms=tuple(arms),
         prompts=args.prompts,
         groups=tuple(args.groups),
+        by_group=args.by_group,
         limit=args.limit,
         all_turns=args.all_turns,
         skip_long=args.skip_long,

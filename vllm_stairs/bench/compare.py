@@ -108,7 +108,7 @@ def _check_comparable(before: Result, after: Result) -> None:
             (name, before.settings.get(name), after.settings.get(name))
             for name in (
                 "output_tokens", "eager", "dtype", "all_turns", "stop_at_eos", "seed",
-                "max_model_len", "tensor_parallel_size", "kv_cache_gib", "engine",
+                "by_group", "max_model_len", "tensor_parallel_size", "kv_cache_gib", "engine",
             )
         ),
         ("target", *_models(before, after, "target", targets)),

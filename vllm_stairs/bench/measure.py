@@ -116,6 +116,7 @@ class Loop:
         batch: requests in flight; the next one is sent as soon as one has ended.
         seed: request i is sampled with ``seed + i``, whatever the arm.
         follow_up: builds the later turns of conversations that have any.
+        by_group: whether a group has to end before the next one begins.
         clock: seconds; replaced in tests.
     """
 
@@ -127,12 +128,15 @@ class Loop:
         *,
         seed: int = 0,
         follow_up: FollowUp | None = None,
+        by_group: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine = engine
         self._batch = batch
         self._seed = seed
         self._follow_up = follow_up
+        self._by_group = by_group
+        self._group: str | None = None
         self._waiting = list(enumerate(work))[::-1]
         self._running: dict[str, tuple[int, RequestRecord, list[list[int]]]] = {}
         self._done: list[RequestRecord] = []
@@ -165,7 +169,11 @@ class Loop:
         self.watch.start()
         while not self.done and self._written < until_tokens:
             while self._waiting and len(self._running) < self._batch:
-                index, item = self._waiting.pop()
+                index, item = self._waiting[-1]
+                if self._by_group and self._running and item.group != self._group:
+                    break
+                self._group = item.group
+                self._waiting.pop()
                 self._send(index, item, item.tokens, 0, [])
             self._take(self._engine.step())
         if pause is not None and not self.done:

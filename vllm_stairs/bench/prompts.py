@@ -105,13 +105,14 @@ def select(
     groups: Sequence[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    by_group: bool = False,
 ) -> list[Prompt]:
     """Choose a sample in which every group has its share.
 
     The groups take turns, one prompt each, until ``limit`` is reached, so that with 6
     groups and a limit of 24 there are 4 of each, and a batch holds a mixture. The choice
     within a group depends on ``seed`` alone: a smaller limit takes a part of what a larger
-    one takes.
+    one takes. With ``by_group`` the same prompts follow each other group by group.
     """
     known = sorted({prompt.group for prompt in prompts})
     for group in groups or ():
@@ -131,6 +132,9 @@ def select(
         for pile in piles.values():
             if pile and len(chosen) < wanted:
                 chosen.append(pile.pop(0))
+    if by_group:
+        order = list(piles)
+        chosen.sort(key=lambda prompt: order.index(prompt.group))
     return chosen
 
 

@@ -13,7 +13,7 @@ from vllm_stairs.bench.errors import BenchError
 
 SCHEMA = "vllm-stairs-bench"
 VERSION = 1
-_SINCE = {"turns": 1}
+_SINCE = {"turns": 1, "by_group": False}
 """Settings that older results do not name, with what they were then."""
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,12 +111,10 @@ class Run:
             groups=settings.groups or None,
             limit=settings.limit,
             seed=settings.seed,
+            by_group=settings.by_group,
         )
-        if not settings.online and max(settings.batches) > len(self.chosen):
-            raise BenchError(
-                f"a batch of {max(settings.batches)} needs as many prompts, there are "
-                f"{len(self.chosen)}: raise --limit or lower --batch-sizes"
-            )
+        if not settings.online:
+            self._check_batches()
         self.work: list[dict[str, Any]] = []
         self.outputs: dict[tuple[str, int, float], dict[str, list[int]]] = {}
         self.later_prompts: dict[str, list[int]] = {}
@@ -126,6 +125,19 @@ class Run:
         results.check_writable(output, "--output")
         if record is not None:
             results.check_writable(record, "--record")
+
+    def _check_batches(self) -> None:
+        count, where = len(self.chosen), ""
+        if self.settings.by_group:
+            group, count = min(
+                Counter(prompt.group for prompt in self.chosen).items(), key=lambda item: item[1]
+            )
+            where = f" in {group}"
+        if max(self.settings.batches) > count:
+            raise BenchError(
+                f"a batch of {max(self.settings.batches)} needs as many prompts, there are "
+                f"{count}{where}: raise --limit or lower --batch-sizes"
+            )
 
     def _check_turns(self, sequential: bool) -> None:
         if sequential:
@@ -370,6 +382,7 @@ class Run:
             "output_tokens": min(output_tokens or 10**9, self.settings.output_tokens),
             "seed": self.settings.seed,
             "ignore_eos": not self.settings.stop_at_eos,
+            "by_group": self.settings.by_group,
         }
 
     def _finish(self, clients: Sequence[ArmClient]) -> None:

@@ -42,6 +42,8 @@ class Settings:
     arms: tuple[str, ...] = ()
     prompts: str = "spec-bench"
     groups: tuple[str, ...] = ()
+    by_group: bool = False
+    """One group after the other instead of a mixture; each is served to its end."""
     limit: int | None = 36
     all_turns: bool = False
     skip_long: bool = False

@@ -16,8 +16,12 @@ class Dice(RaggedPolicy):
         self.planned: Counter = Counter()
         self.trimmed = 0
 
-    def plan(self, keys, rooms, *args, **kwargs):  # type: ignore[no-untyped-def]
-        plan = super().plan(keys, rooms, *args, **kwargs)
+    def reads_the_end(self) -> bool:
+        """Of a long text that a draft has not read, or all of it."""
+        return self.dice.random() < 0.5
+
+    def plan(self, keys, rooms, holes, remaining, reasons, ends):  # type: ignore[no-untyped-def]
+        plan = super().plan(keys, rooms, holes, remaining, reasons, ends)
         off = self.dice.random() < 0.3
         plan.active = [
             i for i, room in enumerate(rooms) if room > 0 and not off and self.dice.random() < 0.7
@@ -27,6 +31,7 @@ class Dice(RaggedPolicy):
             plan.heights[i] = self.dice.randint(1, rooms[i]) if drafts else 0
             plan.reasons[i] = None if drafts else "load"
             self.planned[plan.heights[i]] += 1
+        plan.cut = {i: self.reads_the_end() for i in plan.active if ends[i] < holes[i]}
         plan.survival = {i: [] for i in plan.active}
         plan.confidences = {i: [] for i in plan.active}
         return plan

@@ -6,15 +6,17 @@ that is slightly wrong.
 """
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
 import pytest
 from scipy import stats
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.engines import greedy, plain, stairs, statistics, token_ids
-from tests.tiny import TinyModels
+from tests.tiny import WORDS, TinyModels
 
 PROMPT = "the cat sat on"
 LENGTH = 3
@@ -31,6 +33,7 @@ CONSTRAINTS: dict[str, dict[str, Any]] = {
     "logit_bias": {"logit_bias": BIAS},
     "min_p": {"min_p": MIN_P},
     "top_k": {"top_k": TOP_K},
+    "grammar": {"structured_outputs": StructuredOutputsParams(regex=f"[a-j0-9]{{{LENGTH}}}")},
 }
 
 
@@ -38,6 +41,9 @@ def constrain(logits: dict[int, float], constraint: str) -> dict[int, float]:
     """The distribution that plain sampling would draw from."""
     if constraint == "logit_bias":
         logits = {i: x + BIAS.get(i, 0.0) for i, x in logits.items()}
+    elif constraint == "grammar":
+        legal = [i for i, word in enumerate(WORDS) if re.fullmatch("[a-j0-9]", word)]
+        logits = {i: logits[i] for i in legal}
     elif constraint == "allowed_token_ids":
         logits = {i: logits[i] for i in ALLOWED}
     weights = {i: math.exp(x / TEMPERATURE) for i, x in logits.items()}
@@ -115,6 +121,7 @@ CASES = [
     ("target", "probabilistic", "logit_bias"),
     ("target", "greedy", "min_p"),
     ("random", "probabilistic", "top_k"),
+    ("noisy", "probabilistic", "grammar"),
 ]
 
 

@@ -5,16 +5,21 @@ in the engine: off and on, ragged, stopping in the middle of a draft, leaving dr
 it does must not show. The engine around it is the real one.
 """
 
+import json
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from tests.engine.dice import Dice
 from tests.engine.engines import (
+    COMMON,
     counting_preemptions,
     greedy,
     kv_usage,
@@ -105,6 +110,109 @@ def test_any_heights_over_inherited_prefixes_and_aborts(tiny: TinyModels) -> Non
         after = statistics(engine)
         assert_all_kept(before, after)
     assert kv_usage(engine) == 0
+
+
+class Ends(Dice):
+    """Reads the ends of texts only."""
+
+    def reads_the_end(self) -> bool:
+        return True
+
+
+def test_a_draft_that_reads_the_end_of_a_text(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes what the draft model writes on the rest alone, as if nothing had been before."""
+    record = tmp_path / "record.jsonl"
+    engine = stairs(
+        tiny.target, tiny.noisy, height=4, stairs_height="auto", stairs_record=str(record)
+    )
+    runner = runner_of(engine)
+    runner.stairs_decider.policy = Ends(4, seed=7)
+    ledger, first = runner.stairs_ledger, {}
+    begin_at = ledger.begin_at
+
+    def noting(request_id: str, token: int) -> None:
+        first[request_id] = token
+        begin_at(request_id, token)
+
+    monkeypatch.setattr(ledger, "begin_at", noting)
+    draws = random.Random(9)
+    lengths = (150, 199, 200, 215)
+    texts = [" ".join(draws.choices(WORDS[3:], k=length)) for length in lengths]
+    outputs = engine.generate(texts, greedy(36), use_tqdm=False)
+    expected = token_ids(plain(tiny.target), texts, greedy(36))
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [own for (own,) in expected]
+
+    whole = {
+        output.request_id: [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        for output in outputs
+    }
+    model = AutoModelForCausalLM.from_pretrained(tiny.noisy, dtype=torch.float32)
+    compared = others = 0
+    runner.stairs_record.flush()
+    for line in map(json.loads, record.read_text().splitlines()):
+        position, draft = line["position"], line["draft"]
+        if not draft:
+            continue
+        start = first.get(line["request"], 0)
+        # The name within the engine has a random ending.
+        text = whole[line["request"].rpartition("-")[0]][:position] + draft
+        alone, with_all = (
+            model(torch.tensor([text[begin:-1]])).logits[0, -len(draft) :].argmax(-1).tolist()
+            for begin in (start, 0)
+        )
+        assert draft == alone
+        compared += len(draft)
+        others += alone != with_all
+    assert len(first) == 3, "the shortest is read whole"
+    assert all(value and value % COMMON["block_size"] == 0 for value in first.values())
+    assert statistics(engine)["cut_contexts"] == 3
+    assert compared > 50
+    assert others, "the beginning matters to this draft"
+    assert kv_usage(engine) == 0
+
+
+class Listening(Dice):
+    """Keeps what it is told."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: Counter = Counter()
+        self.asked: Counter = Counter()
+
+    def plan(self, keys, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.asked.update(keys)
+        return super().plan(keys, *args, **kwargs)
+
+    def observe(self, keys, heights, accepted, *args, **kwargs):  # type: ignore[no-untyped-def]
+        for key, own in zip(keys, accepted, strict=True):
+            self.kept[key] += own + 1
+        super().observe(keys, heights, accepted, *args, **kwargs)
+
+
+def test_what_is_kept_behind_the_end_of_a_text_is_no_gain(tiny: TinyModels) -> None:
+    """The target as its own draft goes on behind a stop token, and all that would be kept."""
+    texts = prompts(12, seed=31, longest=20)
+    free = token_ids(plain(tiny.target), texts, greedy(40))
+    # Tokens that come up late, and differ from text to text.
+    stops = sorted({own[0][20] for own in free})
+    params = greedy(40, ignore_eos=False, stop_token_ids=stops)
+    expected = token_ids(plain(tiny.target), texts, params)
+    assert sum(len(own[0]) < 40 for own in expected) > 6
+    engine = stairs(tiny.target, tiny.target, height=6, stairs_height="auto")
+    runner = runner_of(engine)
+    runner.stairs_decider.policy = policy = Listening(runner.num_spec_tokens, 5)
+    before = statistics(engine)
+    assert token_ids(engine, texts, params) == expected
+    after = statistics(engine)
+    # The first token comes with the prompt.
+    later = [len(own[0]) - 1 for own in expected if len(own[0]) > 1]
+    assert sorted(policy.kept.values()) == sorted(later)
+    emitted = sum(after["accepted"][n] * (n + 1) for n in range(7))
+    emitted -= sum(before["accepted"][n] * (n + 1) for n in range(7))
+    assert emitted == sum(later)
+    assert set(policy.kept) == set(policy.asked), "nothing is planned for texts that have ended"
 
 
 def test_sampled_output_keeps_its_distribution_under_any_heights(tiny: TinyModels) -> None:

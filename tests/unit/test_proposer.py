@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_stairs.proposer.draft_kv import DraftKVLedger
-from vllm_stairs.proposer.plan import RequestLimits, height_ceiling, plan_passes
+from vllm_stairs.proposer.plan import (
+    CONTEXT_END,
+    RequestLimits,
+    context_start,
+    height_ceiling,
+    plan_passes,
+)
 
 
 @given(backlogs=st.lists(st.integers(1, 50), min_size=1, max_size=10), budget=st.integers(10, 60))
@@ -45,6 +51,27 @@ def test_height_ceiling(changes: dict, num_tokens: int, newest: int, expected: i
     limits = RequestLimits(**{**LIMITS.__dict__, **changes})
     draft_max_len = 120 if num_tokens == 118 else 128
     assert height_ceiling(limits, num_tokens, newest, 4, 128, draft_max_len) == expected
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "expected"),
+    [([], 0), ([5], 1), ([2], 1), ([5, 6, 7], 3), ([5, 2, 7], 2), ([5, 3, 2], 2), ([2, 2], 1)],
+)
+def test_what_follows_a_stop_token_is_no_text(token_ids: list[int], expected: int) -> None:
+    limits = RequestLimits(8, 0, 100, frozenset({2, 3}), True)
+    assert limits.until_end(token_ids) == expected
+    assert RequestLimits(8, 0, 100, frozenset(), True).until_end(token_ids) == len(token_ids)
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.sampled_from([1, 16, 32, 128]))
+def test_where_a_context_can_begin(num_tokens: int, num_valid: int, block_size: int) -> None:
+    first = context_start(num_tokens, min(num_valid, num_tokens - 1), block_size)
+    assert first % block_size == 0
+    if first:
+        assert CONTEXT_END / 2 <= num_tokens - first < 2 * CONTEXT_END
+        assert first - num_valid >= CONTEXT_END / 2
+    elif num_valid == 0:
+        assert num_tokens < 3 * CONTEXT_END
 
 
 class TestLedger:
@@ -97,6 +124,21 @@ class TestLedger:
         ledger.wrote("a", 10)
         ledger.settle("a", [1, 2, 3], 10)
         assert ledger.valid_tokens("b", [1, 2, 4], 9) == 8
+
+    def test_a_context_that_begins_later(self) -> None:
+        ledger, blocks = self.ledger(), [1, 2, 3, 4]
+        ledger.admit("a", blocks, 0)
+        ledger.begin_at("a", 8)
+        assert ledger.first_token("a") == ledger.valid_tokens("a", blocks, 11) == 8
+        ledger.wrote("a", 12 + 2)
+        ledger.settle("a", blocks, 13)
+        assert ledger.valid_tokens("a", blocks, 13) == 13
+        # Without its beginning, what was written is no context for anybody else,
+        ledger.admit("b", [1, 2, 3, 5], 12)
+        assert ledger.valid_tokens("b", [1, 2, 3, 5], 13) == 0
+        # and a request that comes again begins anew.
+        ledger.admit("a", blocks, 12)
+        assert ledger.first_token("a") == ledger.valid_tokens("a", blocks, 13) == 0
 
     def test_preemption(self) -> None:
         ledger = self.ledger()

@@ -15,6 +15,7 @@ The course is the engine's. A request that starts has its prompt read in a step 
 go on; its first token comes with that, its first staircase is drafted after it. A draft pass is for
 those who still draft, and the first one also reads the text that the draft has missed, the prompt
 first of all. Text, whoever reads it, costs as the cost model says of so many more rows or requests.
+Where ``auto`` has the draft read the end of a text only, its drafts are taken to be the same.
 
 ``auto`` is asked for all requests of a step at once, as in the engine, and told the times of the
 cost model.
@@ -35,6 +36,7 @@ from vllm_stairs.bench.dedicated import Dedicated, passes_ms, written_ahead
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.policies import Auto, Fixed, Policy
 from vllm_stairs.bench.record import Record, Trace
+from vllm_stairs.proposer.plan import CONTEXT_END
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,19 @@ def _draft_together(auto: Auto, running: Sequence[_Lane], costs: CostModel) -> _
     """One step's drafting as the engine does it."""
     policy = auto.policy
     room = [min(auto.height, lane.tokens - lane.position - 1) for lane in running]
+    # A last draft that held is no hole: it is read beside the newest token, at no extra pass.
+    holes = [max(lane.missed - 1, 0) if own else 0 for lane, own in zip(running, room, strict=True)]
     plan = policy.plan(
         [lane.request for lane in running],
         room,
-        # A last draft that held is no hole: it is read beside the newest token, at no extra pass.
-        [max(lane.missed - 1, 0) if own else 0 for lane, own in zip(running, room, strict=True)],
+        holes,
         [lane.tokens - lane.position for lane in running],
+        ends=[hole if hole < 1.5 * CONTEXT_END else CONTEXT_END for hole in holes],
     )
+    for index in plan.active:
+        if plan.cut.get(index):
+            lane = running[index]
+            lane.read += lane.missed - 1 - CONTEXT_END
     seen = {index: running[index].seen(room[index]) for index in plan.active}
     missing = sum(running[index].missed for index in plan.active)
     first = further = 0.0

@@ -56,21 +56,26 @@ class HeightDecider:
         holes: Sequence[int],
         remaining: Sequence[int],
         reasons: Sequence[str | None],
-    ) -> tuple[list[int], list[str | None]]:
+        ends: Sequence[int],
+    ) -> tuple[list[int], list[int], list[str | None]]:
         """Who drafts, and at most how far; arguments as in :meth:`RaggedPolicy.plan`.
 
         Returns:
-            ``[B]`` heights, 0 for those who do not draft, and ``[B]`` why they do not (on the
-            deciding rank only).
+            ``[B]`` heights, 0 for those who do not draft; of those who do, the indices of the ones
+            whose draft is to read the end of what it has missed only; and ``[B]`` why the others do
+            not (on the deciding rank only).
         """
-        heights = [0] * len(keys)
-        why: list[str | None] = [None] * len(keys)
+        batch = len(keys)
+        heights, cut = [0] * batch, [0] * batch
+        why: list[str | None] = [None] * batch
         if self.policy is not None:
-            plan = self._plan = self.policy.plan(keys, rooms, holes, remaining, reasons)
+            plan = self._plan = self.policy.plan(keys, rooms, holes, remaining, reasons, ends)
             for index in plan.active:
                 heights[index] = plan.heights[index]
+                cut[index] = plan.cut.get(index, False)
             why = plan.reasons
-        return self._agree(heights), why
+        agreed = self._agree(heights + cut)
+        return agreed[:batch], [i for i, yes in enumerate(agreed[batch:]) if yes], why
 
     def proceed(self, confidences: Sequence[float], elapsed_ms: float) -> list[int]:
         """Who takes part in the next draft pass; see :meth:`RaggedPolicy.proceed`.

@@ -248,7 +248,9 @@ class Writer:
         active = [(row, goal) for row, goal in active if goal > row.written]
         if not active:
             return
-        columns = [(row.index, row.written, row.valid, goal - row.written) for row, goal in active]
+        columns = [
+            (row.index, row.written, row.valid, goal - row.written, 0) for row, goal in active
+        ]
         batch = DraftBatch(*np.asarray(columns, dtype=np.int64).T)
         self.block_table.commit_block_table(int(batch.rows.max()) + 1)
         written = self.proposer.draft(

@@ -53,7 +53,8 @@ class Counters:
     Args:
         values: ``[num_values(K)]``, float64, zero at the start: steps, seconds per phase,
             staircases by height, staircases by accepted drafts, times that a request did not
-            draft by reason, estimated gain, :data:`DEDICATED`.
+            draft by reason, estimated gain, texts of which the draft read the end only,
+            :data:`DEDICATED`.
         max_height: K.
     """
 
@@ -67,12 +68,13 @@ class Counters:
         end = 4 + 2 * size + len(OFF_REASONS)
         self.off = values[4 + 2 * size : end]
         self._gain = values[end : end + 1]
-        self._dedicated = values[end + 1 :]
+        self._cut = values[end + 1 : end + 2]
+        self._dedicated = values[end + 2 :]
 
     @staticmethod
     def num_values(max_height: int) -> int:
         """Length of the array."""
-        return 1 + len(PHASES) + 2 * (max_height + 1) + len(OFF_REASONS) + 1 + len(DEDICATED)
+        return 1 + len(PHASES) + 2 * (max_height + 1) + len(OFF_REASONS) + 2 + len(DEDICATED)
 
     @classmethod
     def attach(cls, path: str | None, max_height: int) -> "Counters":
@@ -100,6 +102,10 @@ class Counters:
     def set_gain(self, gain: float) -> None:
         """Tokens per second of late relative to plain decoding, as the policy estimates it."""
         self._gain[0] = gain
+
+    def count_cut(self, number: int) -> None:
+        """Count texts of which the draft reads the end only."""
+        self._cut += number
 
     def count_dedicated(self, name: str, amount: float = 1.0) -> None:
         """Add to one of :data:`DEDICATED`."""
@@ -131,6 +137,7 @@ class Counters:
             "seconds": self.seconds(),
             "off": {r: int(n) for r, n in zip(OFF_REASONS, self.off.tolist(), strict=True)},
             "estimated_gain": float(self._gain[0]) or None,
+            "cut_contexts": int(self._cut[0]),
             "dedicated": self.dedicated(),
         }
 
@@ -203,13 +210,16 @@ class StairsStatLogger(StatLoggerBase):
             100 * heights[0] / staircases,
             *(100 * share[phase] for phase in PHASES),
         )
+        off = {r: n - last["off"][r] for r, n in stats["off"].items() if n > last["off"][r]}
+        reasons = ", ".join(f"{r} {100 * n / staircases:.0f}%" for r, n in off.items())
         if stats["estimated_gain"] is not None:
-            off = {r: n - last["off"][r] for r, n in stats["off"].items() if n > last["off"][r]}
             logger.info(
                 "Stairs: estimated speed against plain decoding: %.2f; not drafted: %s",
                 stats["estimated_gain"],
-                ", ".join(f"{r} {n}" for r, n in off.items()) or "never",
+                reasons or "never",
             )
+        elif off:
+            logger.info("Stairs: not drafted: %s", reasons)
         if self._is_dedicated:
             since = {k: n - last["dedicated"][k] for k, n in stats["dedicated"].items()}
             asked = since["answers"] + since["late"]
@@ -270,6 +280,11 @@ class _StairsCollector:
             "Steps in which a request did not draft, by the height policy's reason.",
             labels=["model_name", "engine", "reason"],
         )
+        cut = CounterMetricFamily(
+            "vllm:spec_decode_stairs_cut_contexts",
+            "Long texts of which the draft read the end only, by decision of the height policy.",
+            labels=["model_name", "engine"],
+        )
         dedicated = CounterMetricFamily(
             "vllm:spec_decode_stairs_dedicated",
             "Of a dedicated draft: questions answered in time, with ready drafts, too late; "
@@ -285,12 +300,14 @@ class _StairsCollector:
             stats = counters.as_dict()
             if stats["estimated_gain"] is not None:
                 gain.add_metric(values, stats["estimated_gain"])
+                cut.add_metric(values, stats["cut_contexts"])
+            if stats["estimated_gain"] is not None or any(stats["off"].values()):
                 for reason, count in stats["off"].items():
                     off.add_metric([*values, reason], count)
             if any(stats["dedicated"].values()):
                 for what, amount in stats["dedicated"].items():
                     dedicated.add_metric([*values, what], amount)
-        return [height, length, seconds, gain, off, dedicated]
+        return [height, length, seconds, gain, off, cut, dedicated]
 
 
 def _histogram(counts: np.ndarray, first: int) -> tuple[list[tuple[str, float]], float]:

@@ -46,12 +46,14 @@ class DraftBatch:
         num_valid: ``[n]``, int64: leading tokens whose draft KV is valid; less than
             ``num_tokens``.
         heights: ``[n]``, int64: tokens to draft, each >= 1.
+        first: ``[n]``, int64: first token of the draft's context, a multiple of the block size.
     """
 
     rows: np.ndarray
     num_tokens: np.ndarray
     num_valid: np.ndarray
     heights: np.ndarray
+    first: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -274,6 +276,7 @@ class StairsProposer(DraftModelProposer):
             ids = token_ids[np.repeat(rows, query_lens), positions]
             hidden_states = self._forward(
                 rows=rows,
+                context=batch.first[part],
                 query_lens=query_lens,
                 positions=positions,
                 input_ids=async_tensor_h2d(ids, device=self.device),
@@ -289,6 +292,7 @@ class StairsProposer(DraftModelProposer):
     def _forward(
         self,
         rows: np.ndarray,
+        context: np.ndarray,
         query_lens: np.ndarray,
         positions: np.ndarray,
         input_ids: torch.Tensor,
@@ -298,6 +302,7 @@ class StairsProposer(DraftModelProposer):
 
         Args:
             rows: ``[n]``: requests, as rows of the input batch.
+            context: ``[n]``: where the context of each begins.
             query_lens: ``[n]``: tokens of each, all >= 1.
             positions: ``[tokens]``: their positions, the requests one after the other.
             input_ids: ``[tokens]``: their ids, in the target's vocabulary, on the device.
@@ -311,7 +316,7 @@ class StairsProposer(DraftModelProposer):
         query_start_loc_cpu = torch.zeros(num_reqs + 1, dtype=torch.int32)
         ends = np.cumsum(query_lens)
         query_start_loc_cpu[1:] = torch.from_numpy(ends)
-        seq_lens_np = (positions[ends - 1] + 1).astype(np.int32)
+        seq_lens_np = (positions[ends - 1] + 1 - context).astype(np.int32)
         seq_lens_cpu = torch.from_numpy(seq_lens_np)
 
         block_size = block_table.block_size
@@ -325,7 +330,6 @@ class StairsProposer(DraftModelProposer):
         if self.vocab_mapping is None and self.draft_vocab_size < self.target_vocab_size:
             # Only padding ids of the target lie outside, and no tokenizer writes them.
             input_ids = input_ids.clamp(max=self.draft_vocab_size - 1)
-        device_blocks = block_table.get_device_tensor(int(rows.max()) + 1)
         metadata = CommonAttentionMetadata(
             query_start_loc=async_tensor_h2d(query_start_loc_cpu, device=self.device),
             query_start_loc_cpu=query_start_loc_cpu,
@@ -335,7 +339,7 @@ class StairsProposer(DraftModelProposer):
             num_actual_tokens=num_tokens,
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens_np.max()),
-            block_table_tensor=device_blocks[async_tensor_h2d(rows, device=self.device)],
+            block_table_tensor=self._blocks(block_table, rows, context),
             slot_mapping=async_tensor_h2d(slots, device=self.device),
             causal=True,
         )
@@ -345,6 +349,30 @@ class StairsProposer(DraftModelProposer):
             async_tensor_h2d(positions, device=self.device),
             self._determine_batch_execution_and_padding(num_tokens),
         )
+
+    def _blocks(self, block_table: Any, rows: np.ndarray, context: np.ndarray) -> torch.Tensor:
+        """Blocks of some requests, each from where its context begins.
+
+        What lies before it is not there for attention: the sequence is shorter by as much. Its
+        tokens keep their positions.
+
+        Args:
+            block_table: of the draft's KV cache group.
+            rows: ``[n]``: requests, as rows of the input batch.
+            context: ``[n]``: first tokens of their contexts, multiples of the block size.
+
+        Returns:
+            ``[n, blocks]``, int32, on the device.
+        """
+        blocks = block_table.get_device_tensor(int(rows.max()) + 1)
+        if not context.any():
+            return blocks[async_tensor_h2d(rows, device=self.device)]
+        places = np.arange(blocks.shape[1]) + (context // block_table.block_size)[:, None]
+        places = np.minimum(places, blocks.shape[1] - 1)
+        return blocks[
+            async_tensor_h2d(rows[:, None], device=self.device),
+            async_tensor_h2d(places, device=self.device),
+        ]
 
     def _prepare(
         self, batch: DraftBatch, active: np.ndarray, height: int, block_table: Any
@@ -365,18 +393,19 @@ class StairsProposer(DraftModelProposer):
         block_size = block_table.block_size
         blocks = block_table.get_numpy_array()[rows, positions // block_size]
         slots = blocks.astype(np.int64) * block_size + positions % block_size
-        seq_lens_cpu = torch.from_numpy((positions + 1).astype(np.int32))
+        context = batch.first[active]
+        seq_lens = positions + 1 - context
+        seq_lens_cpu = torch.from_numpy(seq_lens.astype(np.int32))
         query_start_loc_cpu = torch.arange(len(rows) + 1, dtype=torch.int32)
-        device_blocks = block_table.get_device_tensor(int(rows.max()) + 1)
         return _Passes(
             query_start_loc=async_tensor_h2d(query_start_loc_cpu, device=self.device),
             query_start_loc_cpu=query_start_loc_cpu,
-            block_table=device_blocks[async_tensor_h2d(rows, device=self.device)],
+            block_table=self._blocks(block_table, rows, context),
             positions=async_tensor_h2d(positions, device=self.device),
             slots=async_tensor_h2d(slots, device=self.device),
             seq_lens=async_tensor_h2d(seq_lens_cpu, device=self.device),
             seq_lens_cpu=seq_lens_cpu,
-            max_seq_lens=(positions.max(1) + 1).tolist(),
+            max_seq_lens=seq_lens.max(1).tolist(),
             execution=self._determine_batch_execution_and_padding(len(rows)),
         )
 

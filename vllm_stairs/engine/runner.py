@@ -41,7 +41,7 @@ from vllm_stairs.height.costs import Median
 from vllm_stairs.height.ragged import RaggedPolicy
 from vllm_stairs.placement.patience import fixed_patience_ms
 from vllm_stairs.proposer.draft_kv import DraftKVLedger
-from vllm_stairs.proposer.plan import RequestLimits, height_ceiling
+from vllm_stairs.proposer.plan import RequestLimits, context_start, height_ceiling
 from vllm_stairs.scorer.layouts import expand_rows
 
 logger = init_logger("vllm.stairs.runner")
@@ -53,11 +53,17 @@ _GAPS = 31
 
 
 class _Candidate(NamedTuple):
-    """A request that may draft: its row in the input batch, its text, its room."""
+    """A request that may draft: its row in the input batch, its text, its room.
+
+    ``first``: where the draft's context begins; ``end``: where it would, if the draft read the end
+    of the text only, 0 where it is to read all.
+    """
 
     row: int
     num_tokens: int
     num_valid: int
+    first: int
+    end: int
     room: int
     remaining: int
     reason: str | None
@@ -82,7 +88,7 @@ class _Pending:
     def batch(self) -> DraftBatch:
         """The same for the proposer."""
         columns = [
-            (c.row, c.num_tokens, c.num_valid, height)
+            (c.row, c.num_tokens, c.num_valid, height, c.first)
             for c, height in zip(self.candidates, self.heights, strict=True)
             if height
         ]
@@ -144,7 +150,9 @@ class StairsModelRunnerMixin:
         self._stairs_draft_seconds = 0.0
         self._stairs_step_start = 0.0
         self._stairs_step_end = -math.inf
-        self._stairs_gaps = Median(_GAPS)
+        self._stairs_gaps, self._stairs_gaps_before_drafts = Median(_GAPS), Median(_GAPS)
+        # Seconds of what the engine did before it asked for the drafts of the coming step.
+        self._stairs_between = 0.0
 
     # ----------------------------------------------------------------------- start-up
 
@@ -254,7 +262,9 @@ class StairsModelRunnerMixin:
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Also time the target's pass; and sample at once where no grammar is awaited."""
         start = time.perf_counter()
-        self._stairs_step_start = start - self._since_last_step(start)
+        gap = self._since_last_step(start, self._stairs_gaps)
+        self._stairs_step_start = start - gap - self._stairs_between
+        self._stairs_between = 0.0
         self._stairs_pending = None
         output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if not scheduler_output.total_num_scheduled_tokens:
@@ -268,13 +278,16 @@ class StairsModelRunnerMixin:
             return self.sample_tokens(None)
         return output
 
-    def _since_last_step(self: Any, now: float) -> float:
-        """Seconds of scheduling and messages before this step, which each step has to bear."""
+    def _since_last_step(self: Any, now: float, gaps: Median) -> float:
+        """Seconds of scheduling and messages since the worker's last work.
+
+        Each step has to bear them: before the step, and also before its drafts are written.
+        """
         gap = now - self._stairs_step_end
         if not 0.0 <= gap <= _LONGEST_GAP:
-            return self._stairs_gaps.value
-        self._stairs_gaps.add(gap)
-        return min(gap, 3.0 * self._stairs_gaps.value)
+            return gaps.value
+        gaps.add(gap)
+        return min(gap, 3.0 * gaps.value)
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Also lay the stairs out as rows of their own, where the expanded layout is wanted."""
@@ -375,6 +388,10 @@ class StairsModelRunnerMixin:
             )
             heights = self._plan(candidates) if candidates else []
             if any(heights):
+                if self._has_grammar(candidates):
+                    # A draft that was drawn and that a grammar refuses counts as a refusal, and
+                    # nobody would be told: the most likely one can be left out for any reason.
+                    sampling_metadata = None
                 self._stairs_pending = _Pending(candidates, heights, sampling_metadata)
                 if self.stairs_dedicated is not None:
                     self._ask(self._stairs_pending)
@@ -394,6 +411,7 @@ class StairsModelRunnerMixin:
         pending, self._stairs_pending = self._stairs_pending, None
         if pending is not None:
             start = time.perf_counter()
+            self._stairs_between = self._since_last_step(start, self._stairs_gaps_before_drafts)
             # The time that deciding took is part of what drafting costs.
             self._write(pending, start - self._stairs_draft_seconds)
             self._stairs_step_end = time.perf_counter()
@@ -409,17 +427,28 @@ class StairsModelRunnerMixin:
             self.stairs_counters.count_off(c.reason for c in candidates if c.reason == AWAY)
             return [c.room for c in candidates]
         req_ids = self.input_batch.req_ids
-        heights, reasons = decider.plan(
+        heights, cut, reasons = decider.plan(
             [req_ids[c.row] for c in candidates],
             [c.room for c in candidates],
             # The usual step leaves the newest token, and the last draft if all were kept.
             [max(c.num_tokens - c.num_valid - 2, 0) for c in candidates],
             [c.remaining for c in candidates],
             [c.reason for c in candidates],
+            [max(c.num_tokens - max(c.num_valid, c.end) - 2, 0) for c in candidates],
         )
+        for index in cut:
+            candidate = candidates[index]
+            first = candidate.end
+            self.stairs_ledger.begin_at(req_ids[candidate.row], first)
+            candidates[index] = candidate._replace(num_valid=first, first=first)
+        self.stairs_counters.count_cut(len(cut))
         self.stairs_counters.count_off(reasons)
         self.stairs_counters.set_gain(decider.gain)
         return heights
+
+    def _has_grammar(self: Any, candidates: list[_Candidate]) -> bool:
+        req_ids = self.input_batch.req_ids
+        return any(self.stairs_limits[req_ids[c.row]].has_grammar for c in candidates)
 
     def _ask(self: Any, pending: _Pending) -> None:
         """Ask the dedicated draft, and say how long its drafts are worth waiting for."""
@@ -502,7 +531,8 @@ class StairsModelRunnerMixin:
             limits = self.stairs_limits[req_id]
             newest = sampled_token_ids[row][-1]
             remaining = limits.max_tokens - num_tokens[row]
-            if remaining <= 0 or newest in limits.stop_token_ids:
+            has_ended = not limits.stop_token_ids.isdisjoint(sampled_token_ids[row])
+            if remaining <= 0 or has_ended:
                 continue
             room = 0
             if reason is None:
@@ -514,14 +544,19 @@ class StairsModelRunnerMixin:
                     self.max_model_len,
                     self.effective_drafter_max_model_len,
                 )
-            valid = confirmed
+            valid, first, end = confirmed, 0, 0
             if room:
                 valid = self._valid_tokens(req_id, confirmed)
+                if self.stairs_ledger is not None:
+                    first = self.stairs_ledger.first_token(req_id)
+                    end = context_start(num_tokens[row], valid, self.stairs_ledger.block_size)
             found.append(
                 _Candidate(
                     row=row,
                     num_tokens=num_tokens[row],
                     num_valid=valid,
+                    first=first,
+                    end=end,
                     room=room,
                     remaining=remaining,
                     reason=reason if limits.max_height else OPT_OUT,
@@ -567,13 +602,18 @@ class StairsModelRunnerMixin:
         scheduler_output: Any,
     ) -> None:
         """Count what became of the staircases of this step (``heights`` -1: prefill)."""
-        emitted = np.fromiter(map(len, sampled_token_ids), np.int64, len(sampled_token_ids))
+        req_ids = self.input_batch.req_ids
+        written = (
+            self.stairs_limits[req_id].until_end(token_ids)
+            for req_id, token_ids in zip(req_ids, sampled_token_ids, strict=True)
+        )
+        emitted = np.fromiter(written, np.int64, len(sampled_token_ids))
         staircases = (heights >= 0) & (emitted > 0)
         self.stairs_counters.observe(heights[staircases], emitted[staircases] - 1)
         if self.stairs_decider is not None:
             rows = np.flatnonzero(staircases).tolist()
             self.stairs_decider.observe(
-                [self.input_batch.req_ids[row] for row in rows],
+                [req_ids[row] for row in rows],
                 heights[rows].tolist(),
                 (emitted[rows] - 1).tolist(),
                 target_ms=(time.perf_counter() - self._stairs_step_start) * 1e3,
@@ -582,15 +622,16 @@ class StairsModelRunnerMixin:
         if self.stairs_record is None:
             return
         for row in np.flatnonzero(staircases).tolist():
-            req_id = self.input_batch.req_ids[row]
+            req_id = req_ids[row]
             draft, confidence = self._stairs_drafted.pop(req_id, ([], []))
             height = int(heights[row])
             line = {
                 "request": req_id,
-                "position": int(self.input_batch.num_tokens_no_spec[row] - emitted[row]),
+                "position": int(self.input_batch.num_tokens_no_spec[row])
+                - len(sampled_token_ids[row]),
                 "draft": draft[:height],
                 "probability": [round(value, 6) for value in confidence[:height]],
-                "emitted": sampled_token_ids[row],
+                "emitted": sampled_token_ids[row][: emitted[row]],
                 "rows": scheduler_output.total_num_scheduled_tokens,
                 "draft_ms": round(self._stairs_draft_seconds * 1e3, 3),
                 "target_ms": round(self._stairs_target_seconds * 1e3, 3),
@@ -629,6 +670,7 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
         stop_token_ids=frozenset() if params.ignore_eos else frozenset(params.all_stop_token_ids),
         # The draft cannot read a prompt of embeddings.
         draftable=prompt is not None,
+        has_grammar=params.structured_outputs is not None,
     )
 
 

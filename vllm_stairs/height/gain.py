@@ -125,6 +125,11 @@ class Gain:
         self._profile = [Rate() for _ in range(positions)]
         self._bins = [Rate() for _ in _CENTRES]
         self._after = [Rate() for _ in _CENTRES]
+        # First drafts of requests whose draft has read all of a long text, or its end only.
+        self._contexts = {True: Rate(), False: Rate()}
+        # Of these, what is hoped for, and the rates of the positions as they are there.
+        self._hopes: dict[bool, float] = {}
+        self._there: dict[bool, tuple[list[float], list[float]]] = {}
         self._confident = Rate()  # kept of tried, where the confidence was known
         self._believed = 0.0  # what the draft believed of these
         # Rates with something new in this step.
@@ -145,7 +150,9 @@ class Gain:
 
     # ------------------------------------------------------------------------- forecasts
 
-    def forecast(self, request: Hashable, height: int, bold: bool = True) -> list[float]:
+    def forecast(
+        self, request: Hashable, height: int, bold: bool = True, whole: bool | None = None
+    ) -> list[float]:
         """Conditional acceptance of positions 1..``height`` before anything is drafted.
 
         Added is half a standard deviation of what is not known of the request: requests differ,
@@ -157,11 +164,13 @@ class Gain:
             bold: take the rates of the positions half a standard deviation above their estimates,
                 as what may be better than it looks is worth a try that costs little; else as much
                 below them.
+            whole: whether the draft reads all of a long text, or its end only; None: it is short.
         """
-        whole = self._bold if bold else self._sober
+        usual = (self._bold, self._sober) if whole is None else self._there[whole]
+        rates = usual[not bold]
         known = self._requests.get(request)
         if known is None or not known.tried:
-            return whole[:height]
+            return rates[:height]
         # Not drafting, a request drifts back to the whole: half the way in some 70 steps.
         idle = self._step - known.step
         tried = known.tried * 0.99 ** (idle - 1) if idle > 1 else known.tried
@@ -171,8 +180,18 @@ class Gain:
         odds = rate / (1.0 - rate)
         return [
             rest * other + own * odds * shape / (1.0 + odds * shape)
-            for other, shape in zip(whole[:height], self._shape, strict=False)
+            for other, shape in zip(rates[:height], self._shape, strict=False)
         ]
+
+    def with_context(self, whole: bool) -> float:
+        """How often first drafts are kept where a long text was read, hopefully.
+
+        Added is half a standard deviation of what is not known: both ways are tried.
+
+        Args:
+            whole: all of it was read; else its end only.
+        """
+        return self._hopes[whole]
 
     def knows(self, request: Hashable) -> bool:
         """Whether a request has been observed at all."""
@@ -205,6 +224,7 @@ class Gain:
         height: int,
         accepted: int,
         confidences: Sequence[float] = (),
+        whole: bool | None = None,
     ) -> None:
         """Record one verified staircase; :meth:`learned` after the last one of a step.
 
@@ -213,6 +233,8 @@ class Gain:
             height: drafts that the target judged.
             accepted: drafts kept.
             confidences: the draft's own, of its tokens; empty where unknown.
+            whole: whether the draft has read all of a long text, or its end only; None: it is not
+                long.
         """
         tried = min(height, accepted + 1, len(self._positions))
         if tried < 1:
@@ -227,6 +249,12 @@ class Gain:
         weight = _NOVELTY[min(known.staircases, len(_NOVELTY) - 1)]
         own = known.kept / known.tried if known.tried > 4.0 else 0.0
         touched = self._touched
+        if whole is not None:
+            rate = self._contexts[whole]
+            if not rate.new_trials:
+                touched.append(rate)
+            rate.new_trials += weight
+            rate.new_successes += weight * (kept > 0)
         for position in range(tried):
             held = position < kept
             rate = self._positions[position]
@@ -314,6 +342,15 @@ class Gain:
             self._bold.append(min(chance + doubt, 0.99))
             self._sober.append(min(max(chance - doubt, 0.0), 0.99))
             weight = 2.0
+        for whole, seen in self._contexts.items():
+            rate = seen.mean(self._prior, self._prior_weight)
+            doubt = 0.5 * sqrt(rate * (1.0 - rate) / (seen.trials + self._prior_weight))
+            self._hopes[whole] = rate + doubt
+            odds = odds_ratio(rate, self.rates[0])
+            self._there[whole] = (
+                [shifted(value, odds) for value in self._bold],
+                [shifted(value, odds) for value in self._sober],
+            )
         self._shape = [(seen.successes + 8.0) / (seen.trials + 8.0) for seen in self._profile]
         # A draft is believed until it is measured, then as much as its confidence deserved.
         odds = 1.0
@@ -329,7 +366,7 @@ class Gain:
 
     def doubt(self, cap: float) -> None:
         """Let the evidence be worth ``cap`` trials at most, so that a few new ones can turn it."""
-        for rates in (self._positions, self._bins, self._after):
+        for rates in (self._positions, self._bins, self._after, self._contexts.values()):
             for rate in rates:
                 rate.weaken(cap)
         self._weaken_confident(cap)

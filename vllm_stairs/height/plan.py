@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 WEAK_DRAFT = "weak_draft"
 """Drafts are kept too seldom, or cost too much, to pay even for a request alone."""
+PAUSED = "paused"
+"""Speculation has lost more of late than it may, and pauses."""
 LOAD = "load"
 """Drafting would pay for the request alone; in this batch rows are too dear."""
 CATCHING_UP = "catching_up"
@@ -13,7 +15,7 @@ MEASURING = "measuring"
 """A step to learn from: plain, to know its cost, or with drafts of other requests."""
 LIMIT = "limit"
 """The caller left no room and gave no reason of its own."""
-REASONS = (WEAK_DRAFT, LOAD, CATCHING_UP, MEASURING, LIMIT)
+REASONS = (WEAK_DRAFT, PAUSED, LOAD, CATCHING_UP, MEASURING, LIMIT)
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class Plan:
         rows: cost of a speculating step with 0, 1, 2, ... drafts.
         first, further: cost of the first and of each further draft pass.
         filled: tokens of missing text that the first pass reads beside the usual.
+        cut: index of each request whose draft could read the end of what it has missed only ->
+            whether it is to.
         holes: request's index -> tokens that it has to catch up, milliseconds of an instalment.
         passes: requests in each draft pass so far.
         confidences: request's index -> the draft's confidences; empty where unknown.
@@ -46,6 +50,7 @@ class Plan:
     first: float = 0.0
     further: float = 0.0
     filled: int = 0
+    cut: dict[int, bool] = field(default_factory=dict)
     holes: dict[int, tuple[int, float]] = field(default_factory=dict)
     passes: list[int] = field(default_factory=list)
     confidences: dict[int, list[float]] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from vllm_stairs.height.plan import (
     LIMIT,
     LOAD,
     MEASURING,
+    PAUSED,
     REASONS,
     WEAK_DRAFT,
     Plan,
@@ -38,6 +39,7 @@ __all__ = [
     "LIMIT",
     "LOAD",
     "MEASURING",
+    "PAUSED",
     "REASONS",
     "WEAK_DRAFT",
     "Plan",
@@ -79,7 +81,7 @@ _LONELY_PASSES = 64
 class _Live:
     """What the policy keeps of a request that runs."""
 
-    __slots__ = ("confidences", "debt", "instalment", "written")
+    __slots__ = ("confidences", "debt", "instalment", "whole", "written")
 
     def __init__(self) -> None:
         self.written = 0
@@ -87,6 +89,8 @@ class _Live:
         # Milliseconds spent on filling its hole that its staircases have yet to earn.
         self.debt = 0.0
         self.instalment = 0.0
+        # Whether the draft has read all of what it had missed, or the end; None: it was short.
+        self.whole: bool | None = None
 
 
 class RaggedPolicy:
@@ -172,6 +176,7 @@ class RaggedPolicy:
         holes: Sequence[int] | None = None,
         remaining: Sequence[int] | None = None,
         reasons: Sequence[str | None] | None = None,
+        ends: Sequence[int] | None = None,
     ) -> Plan:
         """Decide who drafts in this step, and how far.
 
@@ -182,11 +187,16 @@ class RaggedPolicy:
                 (the newest token, and the last draft where all were kept). None: no holes.
             remaining: ``[B]``: tokens that each may still write. None: unknown.
             reasons: ``[B]``: why ``rooms`` is 0, where it is.
+            ends: ``[B]``: as ``holes``, if the draft read the end of what it has missed only, and
+                drafted without the rest (``plan.cut``). None: it cannot.
         """
         batch = self._batch = len(keys)
         self._steps += 1
         self.gains.tick()
         self.account.tick()
+        if self._pending_ms and self.target.known:
+            # Drafts that no step has judged: their requests have ended.
+            self.account.book(-self._pending_ms / self.target(batch))
         plan = Plan(tuple(keys), [0] * batch, [None] * batch)
         self._pending = plan
         self._pending_ms = self._pending_fill_ms = 0.0
@@ -208,6 +218,8 @@ class RaggedPolicy:
             holes = None
         if holes is None and self._repeat(plan, able, rooms):
             return plan
+        if holes is not None and ends is not None:
+            holes = self._cut(plan, holes, ends, remaining)
         survivals = self._survivals(plan, able, rooms, holes)
         self._decide(plan, survivals, rooms, holes, remaining)
         self._since_plain = self._since_plain + 1 if plan.active else 0
@@ -288,13 +300,22 @@ class RaggedPolicy:
         total = 1
         for index in able:
             bold = holes is None or holes[index] < _SMALL_HOLE
-            rates = forecast(plan.keys[index], min(rooms[index], tallest), bold)
+            rates = forecast(
+                plan.keys[index], min(rooms[index], tallest), bold, self._reads_all(plan, index)
+            )
             survivals[index] = list(accumulate(rates, mul))
             total += len(rates)
         plan.rows = target.table(len(plan.keys), total)
         plan.first = self.draft.first(len(able), target.unit) / target.level
         plan.further = self.draft.next(len(able), target.unit) / target.level
         return survivals
+
+    def _reads_all(self, plan: Plan, index: int) -> bool | None:
+        """Whether a request's draft reads all of a long text, or its end; None: it is short."""
+        if index in plan.cut:
+            return not plan.cut[index]
+        live = self._live.get(plan.keys[index])
+        return None if live is None else live.whole
 
     def _decide(
         self,
@@ -338,6 +359,35 @@ class RaggedPolicy:
                 if self.prober.fresh:
                     self.gains.doubt(_COLD)
                 self._probe(plan, pilots, rooms, probe_height)
+
+    def _cut(
+        self,
+        plan: Plan,
+        holes: Sequence[int],
+        ends: Sequence[int],
+        remaining: Sequence[int] | None,
+    ) -> list[int]:
+        """The holes, where it is the better bargain only their ends (noted in the plan).
+
+        All of a long text is worth its reading if drafts are kept more often with it, as learned
+        from both, so much more often that it makes up for the time in which the batch waits.
+        """
+        gains, batch, typical = self.gains, len(holes), self._typical_length
+        whole, end = gains.with_context(True), gains.with_context(False)
+        # Drafts kept for each first one that is.
+        run = 1.0 + sum(gains.rates[1:2])
+        plain = self.target(batch)
+        chosen = list(holes)
+        for index, (hole, shorter) in enumerate(zip(holes, ends, strict=True)):
+            if shorter >= hole:
+                continue
+            rest = typical if remaining is None else min(typical, remaining[index])
+            worth = rest / (1.0 + run * end) * run * (whole - end)
+            saved = self.draft.fill(hole - shorter, self.target.unit) * batch / plain
+            plan.cut[index] = worth < saved
+            if worth < saved:
+                chosen[index] = shorter
+        return chosen
 
     def _weigh_holes(
         self,
@@ -428,7 +478,9 @@ class RaggedPolicy:
             if not plan.heights[index]:
                 if plan.probe and plan.rate:
                     reason = MEASURING
-                elif self.account.blocked or survival[0] < alone:
+                elif self.account.blocked:
+                    reason = PAUSED
+                elif survival[0] < alone:
                     reason = WEAK_DRAFT
                 elif index in plan.holes:
                     # Only weighed where drafting would pay otherwise.
@@ -479,7 +531,14 @@ class RaggedPolicy:
         """How many drafts of the requests in ``plan.active`` are likely to be kept."""
         forecast = self.gains.forecast
         return sum(
-            sum(accumulate(forecast(plan.keys[index], plan.heights[index], True), mul))
+            sum(
+                accumulate(
+                    forecast(
+                        plan.keys[index], plan.heights[index], whole=self._reads_all(plan, index)
+                    ),
+                    mul,
+                )
+            )
             for index in plan.active
         )
 
@@ -513,6 +572,8 @@ class RaggedPolicy:
         worth = []
         after, keys = self.gains.after, plan.keys
         for index, confidence in zip(plan.active, confidences, strict=True):
+            if not 0.0 <= confidence <= 1.0:
+                confidence = float(confidence > 1.0)  # Rounding, or no number at all.
             own = plan.survival[index]
             kept, further = after(keys[index], confidence)
             if own:
@@ -573,6 +634,9 @@ class RaggedPolicy:
         """
         if not plan.passes:
             return
+        for index, cut in plan.cut.items():
+            if plan.heights[index]:
+                self._of(plan.keys[index]).whole = not cut
         later = plan.passes[1:]
         self._lonely = 0 if later else self._lonely + 1
         mean_later = sum(later) / len(later) if later else 1.0
@@ -625,7 +689,7 @@ class RaggedPolicy:
             live = self._of(key)
             live.written += kept + 1
             if height:
-                self.gains.observe(key, height, kept, live.confidences)
+                self.gains.observe(key, height, kept, live.confidences, live.whole)
         if own_rows > batch:
             self.gains.learned()
         if target_ms is not None:

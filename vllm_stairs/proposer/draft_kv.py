@@ -6,6 +6,9 @@ cache has *holes*: after steps without drafts, after preemption, and in blocks t
 inherits from the prefix cache, where an earlier request may have left one. Drafting over a hole
 reads stale keys and values. That never makes the output wrong, it makes drafts bad, and nobody
 sees why. This ledger knows the holes, so that the proposer fills them before it drafts.
+
+A draft may also leave the beginning of a long text unread (:meth:`DraftKVLedger.begin_at`): its
+context is then the rest, and nobody inherits what it wrote without the beginning.
 """
 
 from collections.abc import Sequence
@@ -28,6 +31,8 @@ class DraftKVLedger:
         self._valid: dict[str, int] = {}
         # Request -> leading tokens whose blocks are marked as far as they are filled.
         self._marked: dict[str, int] = {}
+        # Request -> first token of the draft's context, where that is not the text's first one.
+        self._first: dict[str, int] = {}
         # Requests whose last staircase the target has not judged yet.
         self._unsettled: set[str] = set()
 
@@ -51,7 +56,24 @@ class DraftKVLedger:
         """A request left the batch. Its blocks may live on in the prefix cache."""
         self._valid.pop(request_id, None)
         self._marked.pop(request_id, None)
+        self._first.pop(request_id, None)
         self._unsettled.discard(request_id)
+
+    def begin_at(self, request_id: str, first: int) -> None:
+        """The draft is to read a settled request's text from ``first`` on only.
+
+        Where others share a block, what it writes there is theirs too: the same tokens, read with
+        less before them.
+
+        Args:
+            request_id: the request.
+            first: a multiple of the block size, beyond the tokens that are valid.
+        """
+        self._first[request_id] = self._valid[request_id] = first
+
+    def first_token(self, request_id: str) -> int:
+        """First token of the draft's context of a request."""
+        return self._first.get(request_id, 0)
 
     def wrote(self, request_id: str, num_tokens: int) -> None:
         """The draft wrote its KV for the first ``num_tokens`` tokens of text and drafts."""
@@ -75,11 +97,13 @@ class DraftKVLedger:
         self._unsettled.discard(request_id)
         valid = min(self._valid[request_id], num_confirmed)
         self._valid[request_id] = valid
+        if request_id in self._first:
+            return
         self._mark(block_ids, self._marked.get(request_id, 0), valid)
         self._marked[request_id] = valid
 
     def valid_tokens(self, request_id: str, block_ids: Sequence[int], num_confirmed: int) -> int:
-        """Leading tokens whose draft KV is valid, for a settled request.
+        """Leading tokens whose draft KV is valid, or not wanted, for a settled request.
 
         Args:
             request_id: the request.
@@ -90,6 +114,8 @@ class DraftKVLedger:
             A number from 0 to ``num_confirmed``.
         """
         valid = self._valid.get(request_id, 0)
+        if request_id in self._first:
+            return valid
         if valid < num_confirmed:
             # A hole, or the last draft of a staircase that was kept whole. Another request may
             # have filled shared blocks meanwhile.

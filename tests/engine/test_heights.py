@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.dice import Dice
 from tests.engine.engines import (
@@ -180,15 +181,35 @@ class Listening(Dice):
         super().__init__(*args)
         self.kept: Counter = Counter()
         self.asked: Counter = Counter()
+        self.refused = 0
 
     def plan(self, keys, *args, **kwargs):  # type: ignore[no-untyped-def]
         self.asked.update(keys)
         return super().plan(keys, *args, **kwargs)
 
-    def observe(self, keys, heights, accepted, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def observe(  # type: ignore[no-untyped-def]
+        self, keys, heights, accepted, target_ms, rows, refused
+    ):
         for key, own in zip(keys, accepted, strict=True):
             self.kept[key] += own + 1
-        super().observe(keys, heights, accepted, *args, **kwargs)
+        self.refused += sum(refused or ())
+        super().observe(keys, heights, accepted, target_ms, rows, refused)
+
+
+def test_what_a_grammar_refuses_is_refused(tiny: TinyModels) -> None:
+    """The policy hears of drafts that the scheduler left out before the target saw them."""
+    texts = prompts(6, seed=44, longest=10)
+    regex = StructuredOutputsParams(regex="(cat|dog)[0-9]{3,8}(red|green)+yes")
+    params = [greedy(40, ignore_eos=False, structured_outputs=regex), greedy(30)] * 3
+    engine = stairs(tiny.target, tiny.noisy, height=6, stairs_height="auto")
+    runner = runner_of(engine)
+    runner.stairs_decider.policy = policy = Listening(runner.num_spec_tokens, 6)
+    assert token_ids(engine, texts, params) == token_ids(plain(tiny.target), texts, params)
+    assert policy.refused > 3
+    policy.refused = 0
+    assert token_ids(engine, texts, greedy(30)) == token_ids(plain(tiny.target), texts, greedy(30))
+    assert policy.refused == 0
+    assert not runner._stairs_under_grammar
 
 
 def test_what_is_kept_behind_the_end_of_a_text_is_no_gain(tiny: TinyModels) -> None:

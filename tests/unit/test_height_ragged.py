@@ -1023,6 +1023,27 @@ def test_a_confidence_that_is_no_probability(wrong: float) -> None:
     assert after.mean(100) > 1.0
 
 
+def test_a_request_under_a_grammar_is_told_apart() -> None:
+    """What its grammar refuses does not count against its neighbour."""
+    policy = RaggedPolicy(4)
+    drafted = {"free": 0, "json": 0}
+    for step in range(600):
+        plan = policy.plan(["free", "json"], [4, 4], [0, 0])
+        while plan.active:
+            policy.proceed(plan, [0.9] * len(plan.active))
+        if plan.passes:
+            policy.drafted(plan, 2.0, 2.0 * (len(plan.passes) - 1))
+        free, json = policy.settle(plan, may_trim=True)
+        if step >= 100:
+            drafted["free"] += free
+            drafted["json"] += json
+        policy.observe(
+            ["free", "json"], [free, 0], [free, 0], cpu(2 + free), 2 + free, [False, json > 0]
+        )
+    assert drafted["free"] > 1000
+    assert drafted["json"] < 100
+
+
 def test_drafts_that_no_step_judges_are_a_loss() -> None:
     """Their requests ended: by a stop string, say, that the worker does not know of."""
     policy = RaggedPolicy(4, warm_up=8.0)

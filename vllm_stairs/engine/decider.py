@@ -39,10 +39,11 @@ class HeightDecider:
         accepted: Sequence[int],
         target_ms: float,
         rows: int,
+        refused: Sequence[bool] | None,
     ) -> None:
         """See :meth:`RaggedPolicy.observe`."""
         if self.policy is not None:
-            self.policy.observe(keys, heights, accepted, target_ms, rows)
+            self.policy.observe(keys, heights, accepted, target_ms, rows, refused)
 
     def forget(self, keys: Sequence[str]) -> None:
         """See :meth:`RaggedPolicy.forget`."""

@@ -147,6 +147,9 @@ class StairsModelRunnerMixin:
             )
             self.stairs_dedicated.begin()
         self._stairs_pending: _Pending | None = None
+        # Request with a grammar -> drafts of its coming staircase, of which the scheduler may
+        # leave some out.
+        self._stairs_under_grammar: dict[str, int] = {}
         self._stairs_draft_seconds = 0.0
         self._stairs_step_start = 0.0
         self._stairs_step_end = -math.inf
@@ -508,8 +511,12 @@ class StairsModelRunnerMixin:
                 decider.drafted(total * 1e3, None)
             else:
                 decider.drafted(after_first * 1e3, (total - after_first) * 1e3)
+        req_ids = self.input_batch.req_ids
         for i, token_ids in zip(pending.chosen(), written.token_ids, strict=True):
-            self._draft_token_ids[pending.candidates[i].row] = token_ids[: heights[i]]
+            row = pending.candidates[i].row
+            self._draft_token_ids[row] = token_ids[: heights[i]]
+            if self.stairs_limits[req_ids[row]].has_grammar:
+                self._stairs_under_grammar[req_ids[row]] = len(self._draft_token_ids[row])
 
     def _candidates(
         self: Any, sampled_token_ids: list[list[int]], max_height: int, sampling_metadata: Any
@@ -612,12 +619,18 @@ class StairsModelRunnerMixin:
         self.stairs_counters.observe(heights[staircases], emitted[staircases] - 1)
         if self.stairs_decider is not None:
             rows = np.flatnonzero(staircases).tolist()
+            refused = None
+            if self._stairs_under_grammar:
+                wanted = [self._stairs_under_grammar.get(req_ids[row], 0) for row in rows]
+                refused = (emitted[rows] - 1 == heights[rows]) & (heights[rows] < wanted)
+                self._stairs_under_grammar.clear()
             self.stairs_decider.observe(
                 [req_ids[row] for row in rows],
                 heights[rows].tolist(),
                 (emitted[rows] - 1).tolist(),
                 target_ms=(time.perf_counter() - self._stairs_step_start) * 1e3,
                 rows=scheduler_output.total_num_scheduled_tokens,
+                refused=None if refused is None else refused.tolist(),
             )
         if self.stairs_record is None:
             return

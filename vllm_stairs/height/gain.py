@@ -127,9 +127,9 @@ class Gain:
         self._after = [Rate() for _ in _CENTRES]
         # First drafts of requests whose draft has read all of a long text, or its end only.
         self._contexts = {True: Rate(), False: Rate()}
-        # Of these, what is hoped for, and the rates of the positions as they are there.
+        # Of these, what is hoped for, and by what the odds differ from those of all texts.
         self._hopes: dict[bool, float] = {}
-        self._there: dict[bool, tuple[list[float], list[float]]] = {}
+        self._odds: dict[bool, float] = {}
         self._confident = Rate()  # kept of tried, where the confidence was known
         self._believed = 0.0  # what the draft believed of these
         # Rates with something new in this step.
@@ -166,11 +166,12 @@ class Gain:
                 below them.
             whole: whether the draft reads all of a long text, or its end only; None: it is short.
         """
-        usual = (self._bold, self._sober) if whole is None else self._there[whole]
-        rates = usual[not bold]
+        rates = (self._bold if bold else self._sober)[:height]
+        if whole is not None:
+            rates = [shifted(rate, self._odds[whole]) for rate in rates]
         known = self._requests.get(request)
         if known is None or not known.tried:
-            return rates[:height]
+            return rates
         # Not drafting, a request drifts back to the whole: half the way in some 70 steps.
         idle = self._step - known.step
         tried = known.tried * 0.99 ** (idle - 1) if idle > 1 else known.tried
@@ -180,7 +181,7 @@ class Gain:
         odds = rate / (1.0 - rate)
         return [
             rest * other + own * odds * shape / (1.0 + odds * shape)
-            for other, shape in zip(rates[:height], self._shape, strict=False)
+            for other, shape in zip(rates, self._shape, strict=False)
         ]
 
     def with_context(self, whole: bool) -> float:
@@ -346,11 +347,7 @@ class Gain:
             rate = seen.mean(self._prior, self._prior_weight)
             doubt = 0.5 * sqrt(rate * (1.0 - rate) / (seen.trials + self._prior_weight))
             self._hopes[whole] = rate + doubt
-            odds = odds_ratio(rate, self.rates[0])
-            self._there[whole] = (
-                [shifted(value, odds) for value in self._bold],
-                [shifted(value, odds) for value in self._sober],
-            )
+            self._odds[whole] = odds_ratio(rate, self.rates[0])
         self._shape = [(seen.successes + 8.0) / (seen.trials + 8.0) for seen in self._profile]
         # A draft is believed until it is measured, then as much as its confidence deserved.
         odds = 1.0

@@ -669,6 +669,7 @@ class RaggedPolicy:
         accepted: Sequence[int],
         target_ms: float | None = None,
         rows: int | None = None,
+        refused: Sequence[bool] | None = None,
     ) -> None:
         """Record a step of the target, before the next plan.
 
@@ -678,6 +679,8 @@ class RaggedPolicy:
             accepted: ``[B]``: drafts kept.
             target_ms: milliseconds of the step without its drafting; None if unknown.
             rows: tokens that the target read, prompts included; None: no prompts.
+            refused: ``[B]``: whether one more draft would have been reached but was refused before
+                the target saw it, by a grammar. None: none was.
         """
         batch, own_rows = len(keys), len(keys) + sum(heights)
         if target_ms is not None and rows is not None and rows > own_rows:
@@ -685,12 +688,15 @@ class RaggedPolicy:
             target_ms = None
         if not batch:
             return
-        for key, height, kept in zip(keys, heights, accepted, strict=True):
+        judged = heights
+        if refused is not None:
+            judged = [height + more for height, more in zip(heights, refused, strict=True)]
+        for key, height, kept in zip(keys, judged, accepted, strict=True):
             live = self._of(key)
             live.written += kept + 1
             if height:
                 self.gains.observe(key, height, kept, live.confidences, live.whole)
-        if own_rows > batch:
+        if any(judged):
             self.gains.learned()
         if target_ms is not None:
             self.target.add(own_rows, target_ms, own_rows > batch)

@@ -1037,11 +1037,12 @@ def test_a_request_under_a_grammar_is_told_apart() -> None:
         if step >= 100:
             drafted["free"] += free
             drafted["json"] += json
-        policy.observe(
-            ["free", "json"], [free, 0], [free, 0], cpu(2 + free), 2 + free, [False, json > 0]
-        )
+        ms = 18.0 + 1.0 * (2 + free)  # Each row is felt.
+        policy.observe(["free", "json"], [free, 0], [free, 0], ms, 2 + free, [False, json > 0])
     assert drafted["free"] > 1000
-    assert drafted["json"] < 100
+    assert drafted["json"] <= 500 < drafted["free"]
+    assert policy.gains.forecast("json", 1)[0] < 0.3
+    assert policy.gains.forecast("free", 1)[0] > 0.8
 
 
 def test_drafts_that_no_step_judges_are_a_loss() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_stairs.height.choice import uneven_margin
 from vllm_stairs.height.costs import DraftCost, Line, TargetCost
 from vllm_stairs.height.gain import Gain
 from vllm_stairs.height.isotonic import isotonic
@@ -896,6 +897,15 @@ def test_load_shrinks_heights() -> None:
     assert result.reasons[LOAD] > 0.8 * 48 * 150
 
 
+def test_what_falling_out_of_step_must_bring() -> None:
+    assert uneven_margin(1, 100.0) == 0.0
+    assert uneven_margin(2, 100.0) == pytest.approx(0.03)
+    assert uneven_margin(4, 0.0) == pytest.approx(0.09)
+    assert uneven_margin(16, 100.0) == pytest.approx(0.1)
+    # Once per request: little where answers are long.
+    assert uneven_margin(16, 1280.0) == pytest.approx(0.01)
+
+
 def test_a_batch_must_win_more_than_one_request() -> None:
     """Requests that fall out of step cost what no step shows; alone there is no step to share."""
     heights = {}
@@ -911,10 +921,12 @@ def test_a_batch_must_win_more_than_one_request() -> None:
 # -- the policy: holes -------------------------------------------------------------------
 
 
-def taught(target: Callable[[int], float] = cpu, confidence: bool = True) -> RaggedPolicy:
+def taught(
+    target: Callable[[int], float] = cpu, confidence: bool = True, length: int = 100
+) -> RaggedPolicy:
     """A policy that knows a good draft on a steady machine, and what filling costs."""
     policy, machine = RaggedPolicy(8, use_confidence=confidence), Machine(target, noise=0.0)
-    World(lambda _: GOOD, length=100, prompt=50, machine=machine).run(policy, 400)
+    World(lambda _: GOOD, length=length, prompt=50, machine=machine).run(policy, 400)
     return policy
 
 
@@ -954,7 +966,7 @@ def test_many_holes_pay_together() -> None:
 def test_little_is_staked_before_anything_was_won() -> None:
     """Sixteen long prompts at once: a few of them, unless speculation has paid for more."""
     columns = {"rooms": [8] * 16, "holes": [200] * 16, "remaining": [2000] * 16}
-    rich, poor = taught(gpu), taught(gpu)
+    rich, poor = (taught(gpu, length=500) for _ in range(2))
     poor.account = Account(8.0)
     assert decide(rich, **columns).filled == 16 * 200
     filled = decide(poor, **columns).filled

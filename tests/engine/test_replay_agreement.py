@@ -112,10 +112,10 @@ class Watched(RaggedPolicy):
         super().__init__(HEIGHT, draft_share=guess(costs))
         self.seen: dict[Any, list[tuple[int, int]]] = defaultdict(list)
 
-    def observe(self, keys, heights, accepted, target_ms=None, rows=None):  # type: ignore[no-untyped-def]
+    def observe(self, keys, heights, accepted, *args, **kwargs):  # type: ignore[no-untyped-def]
         for key, height, kept in zip(keys, heights, accepted, strict=True):
             self.seen[key].append((height, kept))
-        super().observe(keys, heights, accepted, target_ms, rows)
+        super().observe(keys, heights, accepted, *args, **kwargs)
 
     def mean_height_of(self, chosen: Callable[[int], bool]) -> float:
         """Mean height of the staircases of some requests, by their numbers."""

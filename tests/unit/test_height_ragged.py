@@ -1077,6 +1077,22 @@ def test_drafts_that_no_step_judges_are_a_loss() -> None:
     assert lost < 40, "it pauses"
 
 
+def test_probes_that_no_step_judges_are_paid_for() -> None:
+    policy = RaggedPolicy(4)
+    World(lambda _: hostile).run(policy, 2000)
+    probed = 0
+    for request in range(10**6, 10**6 + 2000):
+        plan = policy.plan([request], [4], [0])
+        while plan.active:
+            policy.proceed(plan, [0.9])
+        policy.settle(plan)
+        policy.drafted(plan, 4.0, 4.0 * max(len(plan.passes) - 1, 0))
+        policy.observe([], [], [])
+        policy.forget([request])
+        probed += bool(plan.passes)
+    assert probed < 60
+
+
 def test_an_unpaid_hole_is_a_loss() -> None:
     policy = taught()
     before = policy.account.balance

@@ -91,6 +91,8 @@ class Settings:
             raise BenchError("--kv-cache-gib must be a number above 0")
         if self.online and not (self.request_rates and all(r > 0 for r in self.request_rates)):
             raise BenchError("--online needs --request-rates above 0, for example 1 2 inf")
+        if self.online and self.by_group:
+            raise BenchError("--by-group does not go with --online: requests come by a rate")
         if self.online and self.turns > 1:
             raise BenchError("--turns does not go with --online: a server cannot be held")
         if self.stop_at_eos and self.turns > 1:

@@ -67,6 +67,15 @@ HOOKS: tuple[Hook, ...] = (
         "wrapped: requests with min_p or logit_bias are served",
     ),
     _hook(
+        "sampling_params",
+        "SamplingParams",
+        None,
+        "what ends a request",
+        "eos_token_id",
+        "stop_token_ids",
+        "structured_outputs",
+    ),
+    _hook(
         "v1.metrics.loggers",
         "StatLoggerManager.__init__",
         "self vllm_config engine_idxs custom_stat_loggers",

@@ -53,7 +53,7 @@ class Counters:
     Args:
         values: ``[num_values(K)]``, float64, zero at the start: steps, seconds per phase,
             staircases by height, staircases by accepted drafts, times that a request did not
-            draft by reason, estimated gain, texts of which the draft read the end only,
+            draft by reason, estimated gain, decisions to read the end of a text only,
             :data:`DEDICATED`.
         max_height: K.
     """
@@ -104,7 +104,7 @@ class Counters:
         self._gain[0] = gain
 
     def count_cut(self, number: int) -> None:
-        """Count texts of which the draft reads the end only."""
+        """Count decisions that a draft reads the end of a text only."""
         self._cut += number
 
     def count_dedicated(self, name: str, amount: float = 1.0) -> None:
@@ -282,7 +282,7 @@ class _StairsCollector:
         )
         cut = CounterMetricFamily(
             "vllm:spec_decode_stairs_cut_contexts",
-            "Long texts of which the draft read the end only, by decision of the height policy.",
+            "How often the height policy made the draft read the end of a long text only.",
             labels=["model_name", "engine"],
         )
         dedicated = CounterMetricFamily(

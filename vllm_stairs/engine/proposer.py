@@ -367,11 +367,11 @@ class StairsProposer(DraftModelProposer):
         blocks = block_table.get_device_tensor(int(rows.max()) + 1)
         if not context.any():
             return blocks[async_tensor_h2d(rows, device=self.device)]
-        places = np.arange(blocks.shape[1]) + (context // block_table.block_size)[:, None]
-        places = np.minimum(places, blocks.shape[1] - 1)
+        width = blocks.shape[1]
+        left_out = async_tensor_h2d(context // block_table.block_size, device=self.device)
+        places = torch.arange(width, device=self.device) + left_out[:, None]
         return blocks[
-            async_tensor_h2d(rows[:, None], device=self.device),
-            async_tensor_h2d(places, device=self.device),
+            async_tensor_h2d(rows, device=self.device)[:, None], places.clamp_(max=width - 1)
         ]
 
     def _prepare(

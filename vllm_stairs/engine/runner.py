@@ -515,7 +515,7 @@ class StairsModelRunnerMixin:
         for i, token_ids in zip(pending.chosen(), written.token_ids, strict=True):
             row = pending.candidates[i].row
             self._draft_token_ids[row] = token_ids[: heights[i]]
-            if self.stairs_limits[req_ids[row]].has_grammar:
+            if decider is not None and self.stairs_limits[req_ids[row]].has_grammar:
                 self._stairs_under_grammar[req_ids[row]] = len(self._draft_token_ids[row])
 
     def _candidates(
@@ -623,6 +623,8 @@ class StairsModelRunnerMixin:
             if self._stairs_under_grammar:
                 wanted = [self._stairs_under_grammar.get(req_ids[row], 0) for row in rows]
                 refused = (emitted[rows] - 1 == heights[rows]) & (heights[rows] < wanted)
+                # The step's budget of tokens, where it was spent, may have cut them as well.
+                refused &= scheduler_output.total_num_scheduled_tokens < self.max_num_tokens
                 self._stairs_under_grammar.clear()
             self.stairs_decider.observe(
                 [req_ids[row] for row in rows],
@@ -680,7 +682,8 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
         max_height=max_height if own is None else min(own, max_height),
         min_tokens=num_prompt_tokens + params.min_tokens,
         max_tokens=num_prompt_tokens + params.max_tokens,
-        stop_token_ids=frozenset() if params.ignore_eos else frozenset(params.all_stop_token_ids),
+        # As vLLM's `check_stop` has it; `ignore_eos` leaves those that were asked for.
+        stop_token_ids=frozenset({*(params.stop_token_ids or ()), params.eos_token_id} - {None}),
         # The draft cannot read a prompt of embeddings.
         draftable=prompt is not None,
         has_grammar=params.structured_outputs is not None,

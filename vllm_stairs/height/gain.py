@@ -251,6 +251,9 @@ class Gain:
         own = known.kept / known.tried if known.tried > 4.0 else 0.0
         touched = self._touched
         if whole is not None:
+            # What is not tried was true of other texts, and may become so again.
+            other = self._contexts[not whole]
+            other.weaken((1.0 - 0.004 * weight) * other.trials)
             rate = self._contexts[whole]
             if not rate.new_trials:
                 touched.append(rate)

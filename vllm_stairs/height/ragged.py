@@ -196,7 +196,11 @@ class RaggedPolicy:
         self.account.tick()
         if self._pending_ms and self.target.known:
             # Drafts that no step has judged: their requests have ended.
-            self.account.book(-self._pending_ms / self.target(batch))
+            lost = self._pending_ms / self.target(batch)
+            if self._pending is not None and not self._pending.rate:
+                self.prober.made(-lost, False)
+            else:
+                self.account.book(-lost)
         plan = Plan(tuple(keys), [0] * batch, [None] * batch)
         self._pending = plan
         self._pending_ms = self._pending_fill_ms = 0.0
@@ -635,8 +639,10 @@ class RaggedPolicy:
         if not plan.passes:
             return
         for index, cut in plan.cut.items():
-            if plan.heights[index]:
-                self._of(plan.keys[index]).whole = not cut
+            live = self._of(plan.keys[index])
+            # What was left unread once stays so, whatever is read of what came later.
+            if plan.heights[index] and live.whole is not False:
+                live.whole = not cut
         later = plan.passes[1:]
         self._lonely = 0 if later else self._lonely + 1
         mean_later = sum(later) / len(later) if later else 1.0

@@ -8,7 +8,8 @@ reads stale keys and values. That never makes the output wrong, it makes drafts 
 sees why. This ledger knows the holes, so that the proposer fills them before it drafts.
 
 A draft may also leave the beginning of a long text unread (:meth:`DraftKVLedger.begin_at`): its
-context is then the rest, and nobody inherits what it wrote without the beginning.
+context is then the rest, and what it wrote without the beginning does not count as valid for
+others.
 """
 
 from collections.abc import Sequence

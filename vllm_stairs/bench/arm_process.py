@@ -104,7 +104,7 @@ class ArmEngine:
         output_tokens: int,
         seed: int,
         ignore_eos: bool,
-        by_group: bool = False,
+        by_group: bool,
     ) -> None:
         """Get a pass over the prompts ready, with an empty prefix cache."""
         self.temperature, self.output_tokens = temperature, output_tokens

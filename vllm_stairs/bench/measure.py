@@ -136,7 +136,6 @@ class Loop:
         self._seed = seed
         self._follow_up = follow_up
         self._by_group = by_group
-        self._group: str | None = None
         self._waiting = list(enumerate(work))[::-1]
         self._running: dict[str, tuple[int, RequestRecord, list[list[int]]]] = {}
         self._done: list[RequestRecord] = []
@@ -170,9 +169,9 @@ class Loop:
         while not self.done and self._written < until_tokens:
             while self._waiting and len(self._running) < self._batch:
                 index, item = self._waiting[-1]
-                if self._by_group and self._running and item.group != self._group:
+                others = (record.work.group for _, record, _ in self._running.values())
+                if self._by_group and any(group != item.group for group in others):
                     break
-                self._group = item.group
                 self._waiting.pop()
                 self._send(index, item, item.tokens, 0, [])
             self._take(self._engine.step())

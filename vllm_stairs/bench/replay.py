@@ -36,7 +36,7 @@ from vllm_stairs.bench.dedicated import Dedicated, passes_ms, written_ahead
 from vllm_stairs.bench.errors import BenchError
 from vllm_stairs.bench.policies import Auto, Fixed, Policy
 from vllm_stairs.bench.record import Record, Trace
-from vllm_stairs.proposer.plan import CONTEXT_END
+from vllm_stairs.proposer.plan import context_start
 
 
 @dataclass(frozen=True)
@@ -205,17 +205,17 @@ def _draft_together(auto: Auto, running: Sequence[_Lane], costs: CostModel) -> _
     room = [min(auto.height, lane.tokens - lane.position - 1) for lane in running]
     # A last draft that held is no hole: it is read beside the newest token, at no extra pass.
     holes = [max(lane.missed - 1, 0) if own else 0 for lane, own in zip(running, room, strict=True)]
+    ends = [hole - context_start(hole, 0, 1) for hole in holes]
     plan = policy.plan(
         [lane.request for lane in running],
         room,
         holes,
         [lane.tokens - lane.position for lane in running],
-        ends=[hole if hole < 1.5 * CONTEXT_END else CONTEXT_END for hole in holes],
+        ends=ends,
     )
     for index in plan.active:
         if plan.cut.get(index):
-            lane = running[index]
-            lane.read += lane.missed - 1 - CONTEXT_END
+            running[index].read += holes[index] - ends[index]
     seen = {index: running[index].seen(room[index]) for index in plan.active}
     missing = sum(running[index].missed for index in plan.active)
     first = further = 0.0

@@ -249,30 +249,16 @@ class Gain:
         # The drafts of a request resemble each other: many tell little more of others than few.
         weight = _NOVELTY[min(known.staircases, len(_NOVELTY) - 1)]
         own = known.kept / known.tried if known.tried > 4.0 else 0.0
-        touched = self._touched
         if whole is not None:
             # What is not tried was true of other texts, and may become so again.
             other = self._contexts[not whole]
             other.weaken((1.0 - 0.004 * weight) * other.trials)
-            rate = self._contexts[whole]
-            if not rate.new_trials:
-                touched.append(rate)
-            rate.new_trials += weight
-            rate.new_successes += weight * (kept > 0)
+            self._count(self._contexts[whole], weight * (kept > 0), weight)
         for position in range(tried):
             held = position < kept
-            rate = self._positions[position]
-            if not rate.new_trials:
-                touched.append(rate)
-            rate.new_trials += weight
-            if held:
-                rate.new_successes += weight
+            self._count(self._positions[position], weight * held, weight)
             if own:
-                rate = self._profile[position]
-                if not rate.new_trials:
-                    touched.append(rate)
-                rate.new_successes += held
-                rate.new_trials += own
+                self._count(self._profile[position], held, own)
         known.staircases += 1
         known.surplus += (kept > 0) - first
         known.variance += first * (1.0 - first)
@@ -287,24 +273,23 @@ class Gain:
             self._observe_confidences(known, kept, confidences[:tried])
         known.odds = self._own_odds(known, known.by_position / known.tried)
 
+    def _count(self, rate: Rate, successes: float, trials: float) -> None:
+        """Something new of a rate, which :meth:`learned` takes in."""
+        if not rate.new_trials:
+            self._touched.append(rate)
+        rate.new_successes += successes
+        rate.new_trials += trials
+
     def _observe_confidences(
         self, known: _Request, kept: int, confidences: Sequence[float]
     ) -> None:
-        touched, before = self._touched, -1
+        before = -1
         for position, confidence in enumerate(confidences):
             held = position < kept
             index = bisect_right(_EDGES, confidence)
-            rate = self._bins[index]
-            if not rate.new_trials:
-                touched.append(rate)
-            rate.new_successes += held
-            rate.new_trials += 1.0
+            self._count(self._bins[index], held, 1.0)
             if before >= 0:
-                rate = self._after[before]
-                if not rate.new_trials:
-                    touched.append(rate)
-                rate.new_successes += held
-                rate.new_trials += 1.0
+                self._count(self._after[before], held, 1.0)
             before = index
             known.by_confidence += self._calibrated[index]
         self._believed += sum(confidences)

@@ -14,6 +14,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from tests.e2e.servers import launch, wait_until_healthy
+from tests.engine.engines import spare_the_others
 
 pytestmark = pytest.mark.server
 
@@ -49,7 +50,7 @@ def starting(
 @pytest.fixture(scope="module")
 def plain(smollm2: Path, starting: object) -> LLM:
     """Built while the server starts."""
-    return LLM(
+    llm = LLM(
         model=str(smollm2),
         dtype="float32",
         enforce_eager=True,
@@ -58,6 +59,8 @@ def plain(smollm2: Path, starting: object) -> LLM:
         kv_cache_memory_bytes=256 * 2**20,
         disable_log_stats=True,
     )
+    spare_the_others(llm)
+    return llm
 
 
 @pytest.fixture(scope="module")

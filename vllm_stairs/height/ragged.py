@@ -334,7 +334,7 @@ class RaggedPolicy:
         option = Choice(plan, survivals)
         option.choose(able)
         probe_height = min(max(option.heights), _TALLEST_PROBE)
-        margin = uneven_margin(batch, self._typical_length) + (0.0 if self._on else 0.02)
+        margin = uneven_margin(batch, self._typical_length, evidence) + (0.0 if self._on else 0.02)
         least = (1.0 + margin) * batch / self.target.relative(batch, False)
         go = wanted = option.rate * self._edge > least and not self.account.blocked
         if go and holes is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from vllm_stairs.height.choice import uneven_margin
 from vllm_stairs.height.costs import DraftCost, Line, TargetCost
 from vllm_stairs.height.gain import Gain
-from vllm_stairs.height.isotonic import isotonic
+from vllm_stairs.height.isotonic import isotonic, weighted_mean, weighted_median
 from vllm_stairs.height.ragged import (
     CATCHING_UP,
     LIMIT,
     LOAD,
     MEASURING,
+    PAUSED,
     WEAK_DRAFT,
     Plan,
     RaggedPolicy,
@@ -347,19 +349,22 @@ def test_best_prefix() -> None:
 # -- costs -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("centre", [weighted_mean, weighted_median])
 @given(st.lists(st.tuples(st.floats(-9.0, 9.0), st.integers(1, 9)), max_size=9))
-def test_isotonic_regression(points: list[tuple[float, int]]) -> None:
-    """Against the max-min formula: the largest over starts of the smallest mean over ends."""
-    values, weights = [value for value, _ in points], [weight for _, weight in points]
-
-    def mean(first: int, last: int) -> float:
-        total = sum(value * weight for value, weight in points[first : last + 1])
-        return total / sum(weights[first : last + 1])
-
+def test_isotonic_regression(
+    centre: Callable[[Sequence[tuple[float, float]]], float], points: list[tuple[float, int]]
+) -> None:
+    """Against the max-min formula: the largest over starts of the smallest centre over ends."""
     count = len(points)
-    assert isotonic(values, weights) == pytest.approx(
+
+    def between(first: int, last: int) -> float:
+        held = [value for value, weight in points[first : last + 1] for _ in range(weight)]
+        return statistics.fmean(held) if centre is weighted_mean else statistics.median_low(held)
+
+    values, weights = [value for value, _ in points], [weight for _, weight in points]
+    assert isotonic(values, weights, centre) == pytest.approx(
         [
-            max(min(mean(first, last) for last in range(at, count)) for first in range(at + 1))
+            max(min(between(first, last) for last in range(at, count)) for first in range(at + 1))
             for at in range(count)
         ],
         abs=1e-9,
@@ -694,6 +699,47 @@ def test_winning_back_ends_long_pauses() -> None:
     for _ in range(40):
         account.book(1.0)
     assert lose() == 64
+
+
+def test_what_was_won_bears_losses_to_come() -> None:
+    """A quarter of it, as much again as the allowance at most; what was lent is repaid first."""
+    account = Account(8.0)
+    for won, balance in [(8.0, 10.0), (8.0, 12.0), (1000.0, 16.0), (-10.0, 6.0), (4.0, 10.0)]:
+        account.book(won)
+        assert account.balance == pytest.approx(balance)
+    account.book(-11.0)
+    while account.blocked:
+        account.tick()
+    assert account.balance == pytest.approx(4.0)
+    account.book(7.0)
+    assert account.balance == pytest.approx(8.0), "4 of 11 fill it up, 3 of the 5 lent are repaid"
+
+
+def test_requests_that_lose_do_not_end_what_wins() -> None:
+    """A draft pass is dear, half the kinds of text pay for it: seldom does all of it pause."""
+
+    def kinds(request: int) -> Kind:
+        rate = (0.15, 0.62, 0.57, 0.31, 0.31, 0.52)[request % 6]
+        return lambda source, position: (rate, rate)
+
+    machine = Machine(target=slow_cpu, draft=7.0)
+    for seed in range(3):
+        world = World(kinds, length=96, prompt=300, end=128, machine=machine, seed=seed)
+        result = world.run(RaggedPolicy(4), 3000)
+        assert result.rate * slow_cpu(1) > 1.02
+        assert result.reasons.get(PAUSED, 0) < 0.15 * 3000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_spikes_at_the_beginning_are_found_out(seed: int) -> None:
+    """A size that was dear at its first two samples does not keep speculation off for good."""
+    machine = Machine(target=slow_cpu, draft=5.5, spikes=0.05)
+
+    def kinds(request: int) -> Kind:
+        return GOOD if request // 6 % 2 == 0 else hostile
+
+    world = World(kinds, length=96, prompt=300, end=128, machine=machine, seed=seed)
+    assert world.run(RaggedPolicy(4), 1500).rate * slow_cpu(1) > 1.15
 
 
 # -- the policy: gain --------------------------------------------------------------------
@@ -1067,7 +1113,7 @@ def test_drafts_that_no_step_judges_are_a_loss() -> None:
     World(lambda _: GOOD).run(policy, 200)
     before = policy.account.balance
     lost = 0
-    for request in range(100, 140):
+    for request in range(100, 220):
         plan = policy.plan([request], [4], [0])
         while plan.active:
             policy.proceed(plan, [0.99])
@@ -1078,7 +1124,7 @@ def test_drafts_that_no_step_judges_are_a_loss() -> None:
         lost += bool(plan.passes)
     assert policy.account.balance < before - 2.0
     assert policy.account.blocked
-    assert lost < 40, "it pauses"
+    assert lost < 110, "it pauses"
 
 
 def test_probes_that_no_step_judges_are_paid_for() -> None:

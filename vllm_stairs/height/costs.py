@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import log2
 
-from vllm_stairs.height.isotonic import isotonic
+from vllm_stairs.height.isotonic import isotonic, weighted_median
 
 _NEWS = 1.15
 """By how much a plain step may differ from what was expected."""
@@ -105,7 +105,8 @@ class Line:
 
     def __init__(self, points: Sequence[tuple[float, float, float]], slope: float) -> None:
         self.xs = xs = [x for x, _, _ in points]
-        self.ys = ys = isotonic([y for _, y, _ in points], [weight for _, _, weight in points])
+        values, weights = [y for _, y, _ in points], [weight for _, _, weight in points]
+        self.ys = ys = isotonic(values, weights, weighted_median)
         self._left = slope * ys[0]
         last, top = xs[-1], ys[-1]
         below = bisect_right(xs, 0.6 * last) - 1

@@ -13,6 +13,7 @@ _BURST = 8
 _FIRST_PAUSE = 64
 _LONGEST_PAUSE = 4096
 _PAUSE_PER_LOSS = 32
+_KEPT_SHARE = 0.25
 
 
 class Prober:
@@ -86,7 +87,9 @@ class Prober:
 class Account:
     """What speculation has won and lost; overdrawn, it pauses.
 
-    Pauses double until what was lost beyond the allowance has been won back.
+    The balance is at most the allowance and a quarter of what was won in all, that up to as much
+    again: requests differ, and those for which drafting loses come in a row now and then. Pauses
+    double until what was lost beyond the allowance has been won back.
 
     Args:
         allowance: plain steps that may be lost before the first pause.
@@ -108,7 +111,7 @@ class Account:
     @property
     def stake(self) -> float:
         """What may be spent at once on what is to pay back later: of what was won, half."""
-        return 2.0 * max(self.balance, 0.0) + 0.5 * self._earned
+        return 2.0 * min(max(self.balance, 0.0), self._full) + 0.5 * self._earned
 
     @property
     def full(self) -> bool:
@@ -139,9 +142,13 @@ class Account:
         """Record a step: plain steps won against plain decoding; negative: lost."""
         self.balance += won
         self._earned = max(self._earned + won, 0.0)
-        if self.balance >= self._full:
-            self._owed -= self.balance - self._full
-            self.balance = self._full
+        surplus = self.balance - self._full
+        if surplus >= 0.0:
+            # What was lent first, the rest is kept for losses to come.
+            repaid = min(surplus, self._owed)
+            self._owed -= repaid
+            kept = min(_KEPT_SHARE * self._earned, self._full)
+            self.balance = self._full + min(surplus - repaid, kept)
             if self._owed <= 0.0:
                 self._owed = 0.0
                 self._pause = _FIRST_PAUSE

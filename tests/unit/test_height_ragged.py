@@ -81,6 +81,11 @@ def slow_cpu(rows: int) -> float:
     return along(points, 2.0, rows)
 
 
+def old_cpu(rows: int) -> float:
+    """Two cores without AVX-512: twice as slow, and each row is felt."""
+    return along([(1, 71.0), (2, 76.0), (4, 85.0), (8, 110.0), (16, 190.0)], 10.0, rows)
+
+
 def gpu(rows: int) -> float:
     """Like a large model on an accelerator: a hundred rows are nearly free."""
     return 20.0 + 0.01 * rows + 0.12 * max(0, rows - 128)
@@ -730,6 +735,26 @@ def test_requests_that_lose_do_not_end_what_wins() -> None:
         assert result.reasons.get(PAUSED, 0) < 0.15 * 3000
 
 
+def test_a_bad_beginning_does_not_last() -> None:
+    """The first four texts are the worst; whether the fifth pays is soon looked at."""
+
+    def kinds(request: int) -> Kind:
+        rate = (0.15, 0.62, 0.57, 0.31, 0.31, 0.52)[request // 4 % 6]
+
+        def token(source: random.Random, position: int) -> Token:
+            sure = source.betavariate(2 * rate, 2 * (1 - rate))
+            return sure, sure
+
+        return token
+
+    machine = Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5)
+    reached = 0.0
+    for seed in range(4):
+        world = World(kinds, length=96, prompt=300, end=128, machine=machine, seed=seed)
+        reached += world.run(RaggedPolicy(4), 2300).rate * old_cpu(1) / 4
+    assert reached > 1.035
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_spikes_at_the_beginning_are_found_out(seed: int) -> None:
     """A size that was dear at its first two samples does not keep speculation off for good."""
@@ -1050,7 +1075,7 @@ def test_a_draft_that_needs_all_of_a_text_reads_it(batch: int, prompt: int, blin
     free, world = with_long_prompts(batch, prompt, blind, 128)
     # Finding out takes a few requests.
     assert free > (0.96 if blind < 0.9 else 0.88) * all_of_it
-    assert sum(world.cut.values()) < 0.2 * len(world.cut)
+    assert sum(world.cut.values()) < 0.25 * len(world.cut)
 
 
 def test_what_long_texts_say_does_not_go_for_short_ones() -> None:

@@ -58,6 +58,8 @@ _PROBED = 4
 """Staircases that a probe is to verify."""
 _GOOD = 0.8
 """Acceptance of which a probe could not bring much better news."""
+_CLOSE = 0.75
+"""Of what a draft for each costs; where it brings so much, it is looked at again soon."""
 _SMALL_HOLE = 16
 """Tokens; above, drafting is an investment, and decided soberly."""
 _PLAIN_EVERY = 128
@@ -357,7 +359,7 @@ class RaggedPolicy:
         self._forget_edge()
         good = evidence >= _COLD and self.gains.rates[0] > _GOOD and not wanted
         useful = self._could_pay(batch) and not good
-        if self.prober.due(evidence > 0, useful):
+        if self.prober.due(evidence > 0, useful, self._nearly_pays(batch, survivals)):
             pilots, cost = self._pilots(plan, able, holes, probe_height)
             if self.prober.affords(cost):
                 if self.prober.fresh:
@@ -455,6 +457,14 @@ class RaggedPolicy:
         for index in pilots:
             plan.heights[index] = min(height, rooms[index])
             plan.active.append(index)
+
+    def _nearly_pays(self, batch: int, survivals: dict[int, list[float]]) -> bool:
+        """Whether one draft for each would bring a good part of what it costs."""
+        target, count = self.target, len(survivals)
+        plain = target(batch)
+        cost = self.draft.first(count, target.unit) + target(batch + count, True) - plain
+        brought = sum(survival[0] for survival in survivals.values()) * plain / batch
+        return brought >= _CLOSE * cost
 
     def _could_pay(self, batch: int) -> bool:
         """Whether a draft that is nearly always right would pay at this batch size, as of late."""

@@ -7,6 +7,7 @@ estimates are (see ``docs/height-policy.md``).
 
 _FIRST_WAIT = 16
 _LONGEST_WAIT = 1024
+_LONGEST_CLOSE_WAIT = 64
 _STRANGE_WAIT = 512
 _USELESS_WAIT = 4096
 _BURST = 8
@@ -41,15 +42,18 @@ class Prober:
         if not off:
             self._idle = self._burst = 0
 
-    def due(self, known: bool, useful: bool = True) -> bool:
+    def due(self, known: bool, useful: bool = True, close: bool = False) -> bool:
         """Whether enough steps have passed for a probe.
 
         Args:
             known: whether the draft has ever run.
             useful: whether a better draft would pay. Else the costs that say so are looked at
                 again after a long time: they may be stale.
+            close: whether drafting would nearly pay: then other requests may well be worth it.
         """
         wait = self._wait if known else _STRANGE_WAIT
+        if close:
+            wait = min(wait, _LONGEST_CLOSE_WAIT)
         return self._idle > (wait if useful else _USELESS_WAIT)
 
     def affords(self, cost: float) -> bool:

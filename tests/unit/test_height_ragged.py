@@ -49,7 +49,19 @@ def constant(rate: float, confidence: float = 0.7) -> Kind:
     return lambda source, position: (rate, confidence)
 
 
+def told(rate: float) -> Kind:
+    """A draft that knows of each token how likely it is kept, ``rate`` on average."""
+
+    def kind(source: random.Random, position: int) -> Token:
+        probability = source.betavariate(2 * rate, 2 * (1 - rate))
+        return probability, probability
+
+    return kind
+
+
 GOOD = honest(0.6, 1.0)
+UNLIKE = (0.15, 0.62, 0.57, 0.31, 0.31, 0.52)
+"""How often first drafts of six kinds of text were kept (a prompt of each, shipped draft)."""
 
 
 def random_draft(source: random.Random, position: int) -> Token:
@@ -724,8 +736,8 @@ def test_requests_that_lose_do_not_end_what_wins() -> None:
     """A draft pass is dear, half the kinds of text pay for it: seldom does all of it pause."""
 
     def kinds(request: int) -> Kind:
-        rate = (0.15, 0.62, 0.57, 0.31, 0.31, 0.52)[request % 6]
-        return lambda source, position: (rate, rate)
+        rate = UNLIKE[request % 6]
+        return constant(rate, rate)
 
     machine = Machine(target=slow_cpu, draft=7.0)
     for seed in range(3):
@@ -739,13 +751,7 @@ def test_a_bad_beginning_does_not_last() -> None:
     """The first four texts are the worst; whether the fifth pays is soon looked at."""
 
     def kinds(request: int) -> Kind:
-        rate = (0.15, 0.62, 0.57, 0.31, 0.31, 0.52)[request // 4 % 6]
-
-        def token(source: random.Random, position: int) -> Token:
-            sure = source.betavariate(2 * rate, 2 * (1 - rate))
-            return sure, sure
-
-        return token
+        return told(UNLIKE[request // 4 % 6])
 
     machine = Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5)
     reached = 0.0
@@ -845,13 +851,7 @@ def test_neighbours_pay_little_for_each_other() -> None:
     rates = (0.59, 0.53, 0.42, 0.38, 0.36, 0.24)
 
     def kind(request: int) -> Kind:
-        rate = rates[request % 6]
-
-        def token(source: random.Random, position: int) -> Token:
-            sure = source.betavariate(2 * rate, 2 * (1 - rate))
-            return sure, sure
-
-        return token
+        return told(rates[request % 6])
 
     machine = Machine(target=slow_cpu, draft=5.5)
     plain = slow_cpu(4)

@@ -98,6 +98,24 @@ class Choice:
         self.choose([index for index in able if index not in extra])
 
 
+def added_ms(batch: int, requests: int, height: int, target: TargetCost, draft: DraftCost) -> float:
+    """Milliseconds by which a step is longer than a plain one where some requests draft.
+
+    Args:
+        batch: requests in the step.
+        requests: how many of them draft, without holes.
+        height: of their staircases.
+        target: cost of the target.
+        draft: cost of the draft.
+    """
+    return (
+        draft.first(requests, target.unit)
+        + (height - 1) * draft.next(requests, target.unit)
+        + target(batch + height * requests, True)
+        - target(batch)
+    )
+
+
 def cheapest_trial(
     holes: Sequence[int],
     batch: int,
@@ -122,17 +140,11 @@ def cheapest_trial(
     Returns:
         How many take part, and what the first step with them costs (milliseconds).
     """
-    plain = target(batch)
     best, count, price, missing = 0.0, 0, 0.0, 0
     for number, hole in enumerate(holes[:wanted], 1):
         missing += hole
         once = draft.fill(missing, target.unit, sure=False)
-        step = (
-            draft.first(number, target.unit)
-            + (height - 1) * draft.next(number, target.unit)
-            + target(batch + height * number, True)
-            - plain
-        )
+        step = added_ms(batch, number, height, target, draft)
         total = once + step * -(-wanted // number)
         if not count or total < best:
             best, count, price = total, number, once + step

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
-from vllm_stairs.height.choice import Choice, cheapest_trial, could_pay, uneven_margin
+from vllm_stairs.height.choice import Choice, added_ms, cheapest_trial, could_pay, uneven_margin
 from vllm_stairs.height.costs import DraftCost, TargetCost, bucket
 from vllm_stairs.height.gain import Gain
 from vllm_stairs.height.plan import (
@@ -460,11 +460,9 @@ class RaggedPolicy:
 
     def _nearly_pays(self, batch: int, survivals: dict[int, list[float]]) -> bool:
         """Whether one draft for each would bring a good part of what it costs."""
-        target, count = self.target, len(survivals)
-        plain = target(batch)
-        cost = self.draft.first(count, target.unit) + target(batch + count, True) - plain
-        brought = sum(survival[0] for survival in survivals.values()) * plain / batch
-        return brought >= _CLOSE * cost
+        kept = sum(survival[0] for survival in survivals.values())
+        cost = added_ms(batch, len(survivals), 1, self.target, self.draft)
+        return kept * self.target(batch) / batch >= _CLOSE * cost
 
     def _could_pay(self, batch: int) -> bool:
         """Whether a draft that is nearly always right would pay at this batch size, as of late."""
@@ -486,8 +484,7 @@ class RaggedPolicy:
         return asked < 4 or not self.target.known
 
     def _say_why(self, plan: Plan, survivals: dict[int, list[float]]) -> None:
-        target = self.target
-        alone = (self.draft.first(1, target.unit) + target(2, True)) / target.unit - 1.0
+        alone = added_ms(1, 1, 1, self.target, self.draft) / self.target.unit
         for index, survival in survivals.items():
             if not plan.heights[index]:
                 if plan.probe and plan.rate:

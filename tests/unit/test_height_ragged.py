@@ -718,6 +718,44 @@ def test_winning_back_ends_long_pauses() -> None:
     assert lose() == 64
 
 
+def test_who_has_won_much_pauses_shortly() -> None:
+    """A winner that lost ten times in a row is asked again soon; a loser is not."""
+
+    def last_pause(won: float) -> int:
+        account, paused = Account(8.0), 0
+        account.book(won)
+        for _ in range(10):
+            while not account.blocked:
+                account.book(-1.0)
+            paused = 0
+            while account.blocked:
+                account.tick()
+                paused += 1
+        return paused
+
+    assert last_pause(0.0) == 4096
+    assert last_pause(1000.0) == 240
+    assert 500 < last_pause(100.0) < 1000, "by then half of it is lost"
+
+
+def test_load_that_comes_and_goes_does_not_end_what_wins() -> None:
+    """Kinds of text one after the other, on which drafting wins or loses; batch 1, 2, 4, 1 ..."""
+    machine = Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5)
+    alone = []
+    for seed in range(4):
+        policy = RaggedPolicy(4)
+        for phase, (batch, steps) in enumerate([(1, 1700), (2, 900), (4, 570)] * 3):
+            world = World(
+                lambda request: told(UNLIKE[request // 4 % 6]),
+                batch, length=96, prompt=300, end=128, machine=machine, seed=100 * seed + phase,
+            )  # fmt: skip
+            result = world.run(policy, steps)
+            policy.forget(range(1000))
+            if batch == 1 and phase:
+                alone.append(result.rate * old_cpu(1))
+    assert sum(alone) / len(alone) > 1.035
+
+
 def test_what_was_won_bears_losses_to_come() -> None:
     """A quarter of it, as much again as the allowance at most; what was lent is repaid first."""
     account = Account(8.0)

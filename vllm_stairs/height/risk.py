@@ -15,6 +15,8 @@ _FIRST_PAUSE = 64
 _LONGEST_PAUSE = 4096
 _PAUSE_PER_LOSS = 32
 _KEPT_SHARE = 0.25
+_MOST_EASED = 16.0
+"""Allowances of what was won that shorten pauses, at most."""
 
 
 class Prober:
@@ -93,7 +95,8 @@ class Account:
 
     The balance is at most the allowance and a quarter of what was won in all, that up to as much
     again: requests differ, and those for which drafting loses come in a row now and then. Pauses
-    double until what was lost beyond the allowance has been won back.
+    double until what was lost beyond the allowance has been won back; the more was won in all, the
+    shorter is the longest of them, for that is what they risk.
 
     Args:
         allowance: plain steps that may be lost before the first pause.
@@ -157,5 +160,7 @@ class Account:
                 self._owed = 0.0
                 self._pause = _FIRST_PAUSE
         elif self.balance < 0.0 and not self._left:
-            self._left = max(self._pause, int(-_PAUSE_PER_LOSS * self.balance))
+            longest = _LONGEST_PAUSE / (1.0 + min(self._earned / self._full, _MOST_EASED))
+            wanted = max(self._pause, int(-_PAUSE_PER_LOSS * self.balance))
+            self._left = min(wanted, max(int(longest), _FIRST_PAUSE))
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)

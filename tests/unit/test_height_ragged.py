@@ -696,42 +696,36 @@ def test_what_speculation_loses_is_bounded(wins: list[float], adversary: bool) -
     assert net >= -(8.0 + 3.0 + pauses * (4.0 + 3.0))
 
 
+def lose(account: Account) -> int:
+    """Step by step until it pauses; returns for how long it does."""
+    while not account.blocked:
+        account.book(-1.0)
+    paused = 0
+    while account.blocked:
+        account.tick()
+        paused += 1
+    return paused
+
+
 def test_winning_back_ends_long_pauses() -> None:
     account = Account(8.0)
-
-    def lose() -> int:
-        while not account.blocked:
-            account.book(-1.0)
-        paused = 0
-        while account.blocked:
-            account.tick()
-            paused += 1
-        return paused
-
-    assert [lose(), lose(), lose()] == [64, 128, 256]
+    assert [lose(account) for _ in range(3)] == [64, 128, 256]
     for _ in range(5):
         account.book(1.0)
     assert account.full
-    assert lose() == 512
+    assert lose(account) == 512
     for _ in range(40):
         account.book(1.0)
-    assert lose() == 64
+    assert lose(account) == 64
 
 
 def test_who_has_won_much_pauses_shortly() -> None:
     """A winner that lost ten times in a row is asked again soon; a loser is not."""
 
     def last_pause(won: float) -> int:
-        account, paused = Account(8.0), 0
+        account = Account(8.0)
         account.book(won)
-        for _ in range(10):
-            while not account.blocked:
-                account.book(-1.0)
-            paused = 0
-            while account.blocked:
-                account.tick()
-                paused += 1
-        return paused
+        return [lose(account) for _ in range(10)][-1]
 
     assert last_pause(0.0) == 4096
     assert last_pause(1000.0) == 240

@@ -16,14 +16,15 @@ _LONGEST_PAUSE = 4096
 _PAUSE_PER_LOSS = 32
 _KEPT_SHARE = 0.25
 _MOST_EASED = 16.0
-"""Allowances of what was won that shorten pauses, at most."""
+"""Allowances ahead from which on pauses get no shorter."""
 
 
 class Prober:
     """When to draft although it is not expected to pay, to learn whether that has changed.
 
-    Probes wait 16 steps, then twice as long after each that fails; they follow each other while
-    they succeed. They are paid from a credit that grows by ``share`` of a step in each step.
+    Probes wait 16 steps, and follow each other while they succeed, eight at most; after each such
+    series the wait is twice as long. They are paid from a credit that grows by ``share`` of a step
+    in each step.
 
     Args:
         credit: plain steps that may be spent from the beginning; twice that is the most that is
@@ -93,10 +94,10 @@ class Prober:
 class Account:
     """What speculation has won and lost; overdrawn, it pauses.
 
-    The balance is at most the allowance and a quarter of what was won in all, that up to as much
-    again: requests differ, and those for which drafting loses come in a row now and then. Pauses
-    double until what was lost beyond the allowance has been won back; the more was won in all, the
-    shorter is the longest of them, for that is what they risk.
+    The balance is at most the allowance and a quarter of what speculation is ahead, that up to as
+    much again: requests differ, and those for which drafting loses come in a row now and then.
+    Pauses double until what was lost beyond the allowance has been won back; the further ahead
+    speculation is, the shorter is the longest of them, for that is what they risk.
 
     Args:
         allowance: plain steps that may be lost before the first pause.
@@ -104,7 +105,7 @@ class Account:
 
     def __init__(self, allowance: float) -> None:
         self.balance = self._full = allowance
-        # Net wins of all time, never negative.
+        # Wins net of losses, never negative: what could be lost again without being slower.
         self._earned = 0.0
         self._owed = 0.0
         self._pause = _FIRST_PAUSE
@@ -135,7 +136,7 @@ class Account:
                 self._owed += lent
 
     def write_off(self, lost: float) -> None:
-        """An investment will not come back: what was won of late bears it first.
+        """An investment will not come back: what was won before bears it first.
 
         Args:
             lost: plain steps.

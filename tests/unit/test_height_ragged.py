@@ -298,6 +298,19 @@ class World:
         return policy.settle(plan, may_trim=True), drafted, first + further, plan.probe
 
 
+def one_kind_after_another(batch: int, seed: int) -> World:
+    """Four texts of each kind in a row, on a machine where drafting wins on some and not on all."""
+    return World(
+        lambda request: told(UNLIKE[request // 4 % 6]),
+        batch,
+        length=96,
+        prompt=300,
+        machine=Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5),
+        seed=seed,
+        end=128,
+    )
+
+
 def best_constant(world: World, steps: int, tallest: int = 8) -> tuple[float, int]:
     return max((world.run(height, steps).rate, height) for height in range(tallest + 1))
 
@@ -719,6 +732,12 @@ def test_winning_back_ends_long_pauses() -> None:
     assert lose(account) == 64
 
 
+def test_an_account_without_an_allowance_pauses_at_the_first_loss() -> None:
+    account = Account(0.0)
+    account.book(-1.0)
+    assert account.blocked
+
+
 def test_who_has_won_much_pauses_shortly() -> None:
     """A winner that lost ten times in a row is asked again soon; a loser is not."""
 
@@ -734,16 +753,11 @@ def test_who_has_won_much_pauses_shortly() -> None:
 
 def test_load_that_comes_and_goes_does_not_end_what_wins() -> None:
     """Kinds of text one after the other, on which drafting wins or loses; batch 1, 2, 4, 1 ..."""
-    machine = Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5)
     alone = []
     for seed in range(4):
         policy = RaggedPolicy(4)
         for phase, (batch, steps) in enumerate([(1, 1700), (2, 900), (4, 570)] * 3):
-            world = World(
-                lambda request: told(UNLIKE[request // 4 % 6]),
-                batch, length=96, prompt=300, end=128, machine=machine, seed=100 * seed + phase,
-            )  # fmt: skip
-            result = world.run(policy, steps)
+            result = one_kind_after_another(batch, 100 * seed + phase).run(policy, steps)
             policy.forget(range(1000))
             if batch == 1 and phase:
                 alone.append(result.rate * old_cpu(1))
@@ -781,14 +795,9 @@ def test_requests_that_lose_do_not_end_what_wins() -> None:
 
 def test_a_bad_beginning_does_not_last() -> None:
     """The first four texts are the worst; whether the fifth pays is soon looked at."""
-
-    def kinds(request: int) -> Kind:
-        return told(UNLIKE[request // 4 % 6])
-
-    machine = Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5)
     reached = 0.0
     for seed in range(4):
-        world = World(kinds, length=96, prompt=300, end=128, machine=machine, seed=seed)
+        world = one_kind_after_another(1, seed)
         reached += world.run(RaggedPolicy(4), 2300).rate * old_cpu(1) / 4
     assert reached > 1.035
 

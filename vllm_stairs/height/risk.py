@@ -15,8 +15,10 @@ _FIRST_PAUSE = 64
 _LONGEST_PAUSE = 4096
 _PAUSE_PER_LOSS = 32
 _KEPT_SHARE = 0.25
-_MOST_EASED = 16.0
-"""Allowances ahead from which on pauses get no shorter."""
+_HALVING_LEAD = 8.0
+"""Plain steps ahead that halve the longest pause; twice as many make a third of it, and so on."""
+_LEADERS_PAUSE = 240
+"""What the longest pause is at least."""
 
 
 class Prober:
@@ -161,7 +163,7 @@ class Account:
                 self._owed = 0.0
                 self._pause = _FIRST_PAUSE
         elif self.balance < 0.0 and not self._left:
-            longest = _LONGEST_PAUSE / (1.0 + min(self._earned / self._full, _MOST_EASED))
+            longest = int(_LONGEST_PAUSE / (1.0 + self._earned / _HALVING_LEAD))
             wanted = max(self._pause, int(-_PAUSE_PER_LOSS * self.balance))
-            self._left = min(wanted, max(int(longest), _FIRST_PAUSE))
+            self._left = min(wanted, max(longest, _LEADERS_PAUSE))
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -108,6 +108,8 @@ def test_acceptance_is_counted_alike_for_both_methods(
     assert counted["staircases"] == sum(counted["heights"])
     assert counted["draft_tokens"] == sum(h * n for h, n in enumerate(counted["heights"]))
     assert set(counted["seconds"]) == {"draft", "target", "validation"}
+    # Fixed heights: nobody decides, so there are no reasons.
+    assert not any(counted["off"].values())
 
 
 def test_the_profiled_pass_sees_all_parts(measured: tuple[results.Result, Path]) -> None:

@@ -39,6 +39,7 @@ def example(stairs=(12.0, 13.0), plain=(10.0, 10.0), stock=(11.0, 12.0)):
     own = {
         **drafts,
         "heights": [0, 0, 5],
+        "off": {"weak_draft": 1, "paused": 3, "load": 0},
         "steps": 5,
         "seconds": {"draft": 1.0, "target": 5.0, "validation": 1.0},
     }
@@ -189,6 +190,8 @@ def test_summary_ratios_and_shares():
     assert rows["plain"]["ratio_to_plain"]["median"] == 1
     assert stairs["acceptance_per_position"] == [0.6, 0.4]
     assert stairs["heights"] == [0, 0, 10]
+    assert list(stairs["off"].items()) == [("paused", 6), ("weak_draft", 2)]
+    assert rows["plain"]["off"] == {}
     assert stairs["time"]["share"] == {
         "draft": 0.1, "target": 0.5, "validation": 0.1, "rest": pytest.approx(0.3),
     }  # fmt: skip
@@ -342,6 +345,7 @@ def test_tables_can_be_printed_from_a_loaded_result(tmp_path, capsys):
     for text in (
         "1.250",
         "limit, greedy",
+        "paused 6",
         "first at token 3; a tie within rounding",
         "gap 1.00e-05",
     ):

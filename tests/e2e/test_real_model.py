@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
-from tests.engine.engines import spare_the_others
+from tests.engine.engines import free_engines, spare_the_others
 from vllm_stairs.bench import prompts as bench
 
 FLOOR = 0.36
@@ -39,6 +39,7 @@ def generate(model: Path, dtype: str, draft: Path | None, **kwargs: Any) -> list
     outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
     spare_the_others(llm)
     del llm
+    free_engines()
     return outputs
 
 
@@ -103,5 +104,6 @@ def test_the_shipped_draft_is_kept_often_enough(smollm2: Path) -> None:
     ours = answers(stairs)
     counts = stairs.collective_rpc("stairs_statistics")[0]
     del stairs
+    free_engines()
     assert ours == answers(LLM(model=str(smollm2), **engine))
     assert counts["accepted_per_position"][0] > FLOOR * counts["drafted_per_position"][0]

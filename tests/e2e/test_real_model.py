@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
-from tests.engine.engines import free_engines, spare_the_others
+from tests.engine.engines import spare_the_others
+from tests.memory import free_engines
 from vllm_stairs.bench import prompts as bench
 
 FLOOR = 0.36

@@ -6,7 +6,6 @@ compares token ids.
 
 import contextlib
 import functools
-import gc
 import json
 import os
 import subprocess
@@ -113,16 +112,6 @@ def write_in_parallel(llm: LLM, job: dict[str, Any]) -> list[Any]:
         params = [greedy(job["max_tokens"], extra_args={"stairs_max_height": h}) for h in heights]
         written.append([samples[0] for samples in token_ids(llm, job["prompts"], params)])
     return [written, llm.collective_rpc("stairs_statistics")]
-
-
-def free_engines() -> None:
-    """Give back the memory of engines that nothing refers to any more.
-
-    When an engine has started, vLLM freezes all objects that there are: the collector does not
-    look at them again.
-    """
-    gc.unfreeze()
-    gc.collect()
 
 
 def spare_the_others(llm: LLM) -> None:

@@ -20,8 +20,8 @@ class Dice(RaggedPolicy):
         """Of a long text that a draft has not read, or all of it."""
         return self.dice.random() < 0.5
 
-    def plan(self, keys, rooms, holes, remaining, reasons, ends):  # type: ignore[no-untyped-def]
-        plan = super().plan(keys, rooms, holes, remaining, reasons, ends)
+    def plan(self, keys, rooms, holes, remaining, reasons, ends, lengths):  # type: ignore[no-untyped-def]
+        plan = super().plan(keys, rooms, holes, remaining, reasons, ends, lengths)
         off = self.dice.random() < 0.3
         plan.active = [
             i for i, room in enumerate(rooms) if room > 0 and not off and self.dice.random() < 0.7

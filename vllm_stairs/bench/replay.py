@@ -212,6 +212,7 @@ def _draft_together(auto: Auto, running: Sequence[_Lane], costs: CostModel) -> _
         holes,
         [lane.tokens - lane.position for lane in running],
         ends=ends,
+        lengths=[lane.trace.start + lane.position for lane in running],
     )
     for index in plan.active:
         if plan.cut.get(index):

@@ -58,6 +58,7 @@ class HeightDecider:
         remaining: Sequence[int],
         reasons: Sequence[str | None],
         ends: Sequence[int],
+        lengths: Sequence[int],
     ) -> tuple[list[int], list[int], list[str | None]]:
         """Who drafts, and at most how far; arguments as in :meth:`RaggedPolicy.plan`.
 
@@ -70,7 +71,9 @@ class HeightDecider:
         heights, cut = [0] * batch, [0] * batch
         why: list[str | None] = [None] * batch
         if self.policy is not None:
-            plan = self._plan = self.policy.plan(keys, rooms, holes, remaining, reasons, ends)
+            plan = self._plan = self.policy.plan(
+                keys, rooms, holes, remaining, reasons, ends, lengths
+            )
             for index in plan.active:
                 heights[index] = plan.heights[index]
                 cut[index] = plan.cut.get(index, False)

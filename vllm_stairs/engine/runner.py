@@ -438,6 +438,7 @@ class StairsModelRunnerMixin:
             [c.remaining for c in candidates],
             [c.reason for c in candidates],
             [max(c.num_tokens - max(c.num_valid, c.end) - 2, 0) for c in candidates],
+            [c.num_tokens for c in candidates],
         )
         for index in cut:
             candidate = candidates[index]

@@ -12,7 +12,7 @@ measured the prediction is optimistic, so that it gets tried and thereby correct
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import log2
 
@@ -29,6 +29,11 @@ _EXACT = 16
 def bucket(size: int) -> int:
     """The bucket of a size: sizes in one bucket differ by at most a ninth."""
     return size if size <= _EXACT else _EXACT + int(8 * log2(size / _EXACT))
+
+
+def octave(tokens: int) -> int:
+    """The bucket of a text's length: below 128 tokens, then one to the octave."""
+    return (tokens // 128).bit_length()
 
 
 class Median:
@@ -55,24 +60,34 @@ class Median:
 
 
 class _Sizes:
-    """Relative costs by size: per bucket its mean size and the median of its samples."""
+    """Relative costs by size: per bucket its mean size and the median of its samples.
 
-    def __init__(self, window: int) -> None:
+    Args:
+        window: length of the medians.
+        bucket: a size's bucket.
+        belief: samples that the prediction for a new bucket counts as.
+    """
+
+    def __init__(self, window: int, bucket: Callable[[int], int] = bucket, belief: int = 1) -> None:
         self._window = window
+        self._bucket = bucket
+        self._belief = belief
         self._buckets: dict[int, tuple[Median, list[float]]] = {}
         self.samples = 0
 
     def count(self, size: int) -> int:
-        """Samples in the bucket of ``size``, without the predicted one."""
-        found = self._buckets.get(bucket(size))
-        return len(found[0]) - 1 if found else 0
+        """Samples in the bucket of ``size``, without what was predicted."""
+        found = self._buckets.get(self._bucket(size))
+        return len(found[0]) - self._belief if found else 0
 
     def add(self, size: int, value: float, predicted: float) -> None:
         """Record a sample; ``predicted`` is what would have been expected."""
-        found = self._buckets.get(bucket(size))
+        place = self._bucket(size)
+        found = self._buckets.get(place)
         if found is None:
-            found = self._buckets[bucket(size)] = (Median(self._window), [float(size)])
-            found[0].add(predicted)
+            found = self._buckets[place] = (Median(self._window), [float(size)])
+            for _ in range(self._belief):
+                found[0].add(predicted)
         found[0].add(value)
         found[1][0] += (size - found[1][0]) / 8
         self.samples += 1
@@ -155,6 +170,10 @@ class TargetCost:
     not measured the other stands in; a speculating step is never taken to be cheaper than a
     plain one of as many rows.
 
+    Attention over several query tokens takes the longer relative to one, the longer the texts are
+    (:meth:`over`). So the curve of speculating steps is multiplied by a *stretch*, by the texts'
+    length, learned where the two kinds follow each other.
+
     Args:
         window: length of the medians of the shapes.
         slope: assumed cost of one more row, relative to a pass, until prompts have been read.
@@ -175,6 +194,11 @@ class TargetCost:
         self._plain_line = self._speculating_line = Line([(1.0, 1.0, 1.0)], slope)
         self._stale = 0
         self._tables: dict[int, list[float]] = {}
+        # Of the last steps, whether they speculated.
+        self._kinds: deque[bool] = deque(maxlen=_LEVEL_WINDOW)
+        self._stretches = _Sizes(11, octave, belief=3)
+        self._stretch_line = Line([(1.0, 1.0, 1.0)], 0.0)
+        self._length, self._stretch = 1, 1.0
 
     @property
     def known(self) -> bool:
@@ -208,6 +232,15 @@ class TargetCost:
             return self._plain.count(rows) > 0
         return any(0.8 * rows <= size <= 1.25 * rows for size in self._plain.sizes())
 
+    def over(self, length: int) -> None:
+        """The steps that follow are over texts of so many tokens (the mean of their requests)."""
+        self._length = max(length, 1)
+        self._stretch = self._stretch_line(self._length)
+
+    def knows_stretch(self) -> bool:
+        """Whether plain and speculating steps were compared over texts of about this length."""
+        return self._stretches.count(self._length) > 1
+
     def add(self, rows: int, ms: float, speculating: bool) -> None:
         """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
         if len(self._level) == 1 and ms < 0.5 * self._level.value:
@@ -221,14 +254,38 @@ class TargetCost:
         if not speculating:
             usual = expected * self._level.value if self._level else ms
             self.surprised = not usual < _NEWS * ms < _NEWS * _NEWS * usual
-        if sizes.count(rows) >= 2 or (rows == self._anchor and not speculating) or not self._level:
+        if sizes.count(rows) >= 2:
+            self._compare(ms / (expected * self._level.value), speculating)
+            # Stretched anew, perhaps.
+            expected = self.relative(rows, speculating)
             self._level.add(ms / expected)
-        sizes.add(rows, ms / self._level.value, expected)
+        elif (rows == self._anchor and not speculating) or not self._level:
+            self._level.add(ms / expected)
+        stretch = self._stretch if speculating else 1.0
+        sizes.add(rows, ms / self._level.value / stretch, expected / stretch)
+        self._kinds.append(speculating)
         self._stale += 1
         self.unit = self(1)
         # Medians move little once there are many samples: the lines need not follow each.
         if self._stale >= 4 or self.samples < 64:
             self._draw()
+
+    def _compare(self, ratio: float, speculating: bool) -> None:
+        """Learn how steps of this kind compare with the other, of which most were of late.
+
+        Args:
+            ratio: what the step took to what it would if the two compared as is believed.
+            speculating: its kind.
+        """
+        others = sum(kind != speculating for kind in self._kinds)
+        if 3 * others < 2 * _LEVEL_WINDOW:
+            return
+        # A single step may take any time.
+        ratio = min(max(ratio, 0.5), 2.0)
+        stretch = self._stretch * (ratio if speculating else 1.0 / ratio)
+        self._stretches.add(self._length, stretch, self._stretch)
+        self._stretch_line = Line(self._stretches.points(), 0.0)
+        self._stretch = self._stretch_line(self._length)
 
     def add_prompt(self, rows: int, ms: float) -> None:
         """Record a step that read prompts: ``rows`` tokens in all.
@@ -266,14 +323,17 @@ class TargetCost:
 
     def relative(self, rows: int, speculating: bool) -> float:
         """The cost of a step in units of :attr:`level`."""
-        return (self._speculating_line if speculating else self._plain_line)(rows)
+        if speculating:
+            return self._stretch * self._speculating_line(rows)
+        return self._plain_line(rows)
 
     def table(self, rows: int, count: int) -> list[float]:
         """Relative costs of speculating steps of ``rows``, ``rows + 1``, ... rows (or more)."""
         known = self._tables.get(rows)
         if known is None or len(known) < count:
             known = self._tables[rows] = self._speculating_line.table(rows, count)
-        return known
+        stretch = self._stretch
+        return known if stretch == 1.0 else [stretch * value for value in known]
 
     def __call__(self, rows: int, speculating: bool = False) -> float:
         """Milliseconds of a step."""

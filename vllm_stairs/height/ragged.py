@@ -63,11 +63,13 @@ _CLOSE = 0.75
 _SMALL_HOLE = 16
 """Tokens; above, drafting is an investment, and decided soberly."""
 _PLAIN_EVERY = 128
-"""Speculating steps after which one plain step is measured again."""
+"""Speculating steps after which one plain step is measured again, at the latest."""
+_PLAIN_SHARE = 0.0025
+"""Share of time that measuring plain steps may cost while drafting pays."""
 _PLAIN_AGAIN = 8
 """The same if the last one took another time than was expected."""
 _PLAIN_APART = 16
-"""Speculating steps between two plain ones that are made for their cost."""
+"""Speculating steps between two plain ones that are made for their cost, at the least."""
 _LARGE_BATCH = 4
 _REPLAN_EVERY = 4
 _REPLAN_OFF = 8
@@ -133,6 +135,8 @@ class RaggedPolicy:
         self._on = False
         self._steps = 0
         self._since_plain = 0
+        # Plain steps that a speculating one is expected to win.
+        self._ahead = 0.0
         # Steps since one with more than one draft pass.
         self._lonely = 0
         # Bucket of batch sizes -> plain steps asked for to know their cost.
@@ -179,6 +183,7 @@ class RaggedPolicy:
         remaining: Sequence[int] | None = None,
         reasons: Sequence[str | None] | None = None,
         ends: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Plan:
         """Decide who drafts in this step, and how far.
 
@@ -191,8 +196,11 @@ class RaggedPolicy:
             reasons: ``[B]``: why ``rooms`` is 0, where it is.
             ends: ``[B]``: as ``holes``, if the draft read the end of what it has missed only, and
                 drafted without the rest (``plan.cut``). None: it cannot.
+            lengths: ``[B]``: tokens of each request's text so far. None: unknown, or all the same.
         """
         batch = self._batch = len(keys)
+        if lengths:
+            self.target.over(sum(lengths) // batch)
         self._steps += 1
         self.gains.tick()
         self.account.tick()
@@ -351,6 +359,7 @@ class RaggedPolicy:
         self.prober.tick(not go)
         if go:
             plan.rate = option.rate * self._edge
+            self._ahead = plan.rate * self.target.relative(batch, False) / batch - 1.0
             if 0 < len(pilots) < len(able):
                 self._probe(plan, pilots, rooms, probe_height)
             else:
@@ -359,7 +368,8 @@ class RaggedPolicy:
         self._forget_edge()
         good = evidence >= _COLD and self.gains.rates[0] > _GOOD and not wanted
         useful = self._could_pay(batch) and not good
-        if self.prober.due(evidence > 0, useful, self._nearly_pays(batch, survivals)):
+        close = self._nearly_pays(batch, survivals)
+        if self.prober.due(evidence > 0, useful, close, self.account.patience):
             pilots, cost = self._pilots(plan, able, holes, probe_height)
             if self.prober.affords(cost):
                 if self.prober.fresh:
@@ -474,7 +484,7 @@ class RaggedPolicy:
 
     def _must_measure(self, batch: int) -> bool:
         """Whether this step is to be plain to learn what plain costs."""
-        if self._since_plain >= (_PLAIN_AGAIN if self.target.surprised else _PLAIN_EVERY):
+        if self._since_plain >= self._plain_wait():
             return True
         if self.target.knows_plain(batch) or (self._on and self._since_plain < _PLAIN_APART):
             return False
@@ -482,6 +492,17 @@ class RaggedPolicy:
         asked = self._asked.get(bucket(batch), 0)
         self._asked[bucket(batch)] = asked + 1
         return asked < 4 or not self.target.known
+
+    def _plain_wait(self) -> int:
+        """Speculating steps after which a plain one is due, which says what plain costs.
+
+        It costs what drafting wins: little where drafting nearly loses, which is where it counts.
+        """
+        if self.target.surprised:
+            return _PLAIN_AGAIN
+        if not self.target.knows_stretch():
+            return _PLAIN_APART
+        return min(max(int(self._ahead / _PLAIN_SHARE), _PLAIN_APART), _PLAIN_EVERY)
 
     def _say_why(self, plan: Plan, survivals: dict[int, list[float]]) -> None:
         alone = added_ms(1, 1, 1, self.target, self.draft) / self.target.unit

@@ -47,7 +47,13 @@ class Prober:
         if not off:
             self._idle = self._burst = 0
 
-    def due(self, known: bool, useful: bool = True, close: bool = False) -> bool:
+    def due(
+        self,
+        known: bool,
+        useful: bool = True,
+        close: bool = False,
+        patience: int = _USELESS_WAIT,
+    ) -> bool:
         """Whether enough steps have passed for a probe.
 
         Args:
@@ -55,11 +61,12 @@ class Prober:
             useful: whether a better draft would pay. Else the costs that say so are looked at
                 again after a long time: they may be stale.
             close: whether drafting would nearly pay: then other requests may well be worth it.
+            patience: steps after which costs are looked at again that no draft would pay for.
         """
         wait = self._wait if known else _STRANGE_WAIT
         if close:
             wait = min(wait, _LONGEST_CLOSE_WAIT)
-        return self._idle > (wait if useful else _USELESS_WAIT)
+        return self._idle > (wait if useful else patience)
 
     def affords(self, cost: float) -> bool:
         """Whether a probe of this expected cost (plain steps) can be paid.
@@ -124,6 +131,11 @@ class Account:
         return 2.0 * min(max(self.balance, 0.0), self._full) + 0.5 * self._earned
 
     @property
+    def patience(self) -> int:
+        """Steps of the longest pause: the fewer, the more was won that they risk."""
+        return max(int(_LONGEST_PAUSE / (1.0 + self._earned / _HALVING_LEAD)), _LEADERS_PAUSE)
+
+    @property
     def full(self) -> bool:
         """Whether nothing was lost of late."""
         return self.balance >= self._full
@@ -163,7 +175,6 @@ class Account:
                 self._owed = 0.0
                 self._pause = _FIRST_PAUSE
         elif self.balance < 0.0 and not self._left:
-            longest = int(_LONGEST_PAUSE / (1.0 + self._earned / _HALVING_LEAD))
             wanted = max(self._pause, int(-_PAUSE_PER_LOSS * self.balance))
-            self._left = min(wanted, max(longest, _LEADERS_PAUSE))
+            self._left = min(wanted, self.patience)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)

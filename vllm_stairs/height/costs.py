@@ -21,6 +21,10 @@ from vllm_stairs.height.isotonic import isotonic, weighted_median
 _NEWS = 1.15
 """By how much a plain step may differ from what was expected."""
 _LEVEL_WINDOW = 15
+_BELIEF = 3
+"""Comparisons that what is believed of texts of a new length counts as."""
+_SETTLED = 8
+"""Samples of a size after which what still differs is told to be due to the texts' length."""
 _MANY_ROWS = 64
 _EXACT = 16
 """Sizes up to here have a bucket each, larger ones share eight to the octave."""
@@ -57,6 +61,12 @@ class Median:
         order.append(value)
         insort(ranked, value)
         self.value = ranked[(len(ranked) - 1) // 2]
+
+    def scale(self, factor: float) -> None:
+        """Multiply all values."""
+        self._order = deque((factor * value for value in self._order), self._order.maxlen)
+        self._sorted = sorted(self._order)
+        self.value *= factor
 
 
 class _Sizes:
@@ -162,17 +172,74 @@ class Line:
         return values + [self(size) for size in range(at, end)]
 
 
+class Stretch:
+    """How much longer speculating steps are, relative to plain ones, by the length of the texts.
+
+    Attention over several query tokens takes longer than over one, the more so the longer the
+    texts. The level of all costs hides it, for it follows whatever kind of step is done. What shows
+    it is a step of the one kind after many of the other, over texts of the same length.
+
+    Attributes:
+        length: tokens of the texts, on average.
+        value: what the cost of a speculating step is multiplied by, for texts of this length.
+    """
+
+    def __init__(self) -> None:
+        self.length, self.value = 1, 1.0
+        self._sizes = _Sizes(11, octave, _BELIEF)
+        self._line = Line([(1.0, 1.0, 1.0)], 0.0)
+        # Of the last steps, the octave of the texts and whether they speculated.
+        self._recent: deque[tuple[int, bool]] = deque(maxlen=_LEVEL_WINDOW)
+
+    @property
+    def place(self) -> int:
+        """The octave of the texts' length."""
+        return octave(self.length)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether too few comparisons were made over such texts to contradict what is believed."""
+        return self._sizes.count(self.length) <= _BELIEF
+
+    def over(self, length: int) -> None:
+        """The steps that follow are over texts of so many tokens, on average."""
+        self.length = max(length, 1)
+        # Noise is not carried beyond what was measured.
+        self.value = self._line(min(self.length, self._line.xs[-1]))
+
+    def compares(self, speculating: bool) -> bool:
+        """Whether a step of this kind would be a comparison: most of late were of the other."""
+        other = (self.place, not speculating)
+        return 3 * self._recent.count(other) >= 2 * _LEVEL_WINDOW
+
+    def add(self, ratio: float, speculating: bool) -> None:
+        """Record a comparison.
+
+        Args:
+            ratio: what the step took to what it would if the two kinds compared as is believed.
+            speculating: the step's kind.
+        """
+        # A single step may take any time.
+        ratio = min(max(ratio, 0.5), 2.0)
+        seen = self.value * (ratio if speculating else 1.0 / ratio)
+        self._sizes.add(self.length, seen, self.value)
+        self._line = Line(self._sizes.points(), 0.0)
+        self.over(self.length)
+
+    def note(self, speculating: bool) -> None:
+        """A step of this kind was done."""
+        self._recent.append((self.place, speculating))
+
+
 class TargetCost:
     """Milliseconds of a step without its drafting, by rows, plain and speculating.
 
     The two have a curve each, for a step with drafts takes other paths (a rejection sampler,
     attention over several query tokens) before its additional rows cost anything. Where one is
-    not measured the other stands in; a speculating step is never taken to be cheaper than a
-    plain one of as many rows.
+    not measured the other stands in; the curve of speculating steps is nowhere below that of plain
+    ones.
 
-    Attention over several query tokens takes the longer relative to one, the longer the texts are
-    (:meth:`over`). So the curve of speculating steps is multiplied by a *stretch*, by the texts'
-    length, learned where the two kinds follow each other.
+    Both go for short texts; speculating ones are multiplied by a :class:`Stretch` for longer ones.
 
     Args:
         window: length of the medians of the shapes.
@@ -194,11 +261,8 @@ class TargetCost:
         self._plain_line = self._speculating_line = Line([(1.0, 1.0, 1.0)], slope)
         self._stale = 0
         self._tables: dict[int, list[float]] = {}
-        # Of the last steps, whether they speculated.
-        self._kinds: deque[bool] = deque(maxlen=_LEVEL_WINDOW)
-        self._stretches = _Sizes(11, octave, belief=3)
-        self._stretch_line = Line([(1.0, 1.0, 1.0)], 0.0)
-        self._length, self._stretch = 1, 1.0
+        # How much longer speculating steps are, by the length of the texts.
+        self.stretch = Stretch()
 
     @property
     def known(self) -> bool:
@@ -232,15 +296,6 @@ class TargetCost:
             return self._plain.count(rows) > 0
         return any(0.8 * rows <= size <= 1.25 * rows for size in self._plain.sizes())
 
-    def over(self, length: int) -> None:
-        """The steps that follow are over texts of so many tokens (the mean of their requests)."""
-        self._length = max(length, 1)
-        self._stretch = self._stretch_line(self._length)
-
-    def knows_stretch(self) -> bool:
-        """Whether plain and speculating steps were compared over texts of about this length."""
-        return self._stretches.count(self._length) > 1
-
     def add(self, rows: int, ms: float, speculating: bool) -> None:
         """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
         if len(self._level) == 1 and ms < 0.5 * self._level.value:
@@ -254,38 +309,31 @@ class TargetCost:
         if not speculating:
             usual = expected * self._level.value if self._level else ms
             self.surprised = not usual < _NEWS * ms < _NEWS * _NEWS * usual
+        is_new = self.stretch.is_new
         if sizes.count(rows) >= 2:
-            self._compare(ms / (expected * self._level.value), speculating)
-            # Stretched anew, perhaps.
-            expected = self.relative(rows, speculating)
+            compared = sizes.count(rows) >= _SETTLED and self.stretch.compares(speculating)
+            if compared:
+                before = self.stretch.value
+                self.stretch.add(ms / (expected * self._level.value), speculating)
+                expected = self.relative(rows, speculating)
+                if not speculating:
+                    # Speculating steps, of which it was made, are now known to be longer than that.
+                    self._level.scale(before / self.stretch.value)
             self._level.add(ms / expected)
-        elif (rows == self._anchor and not speculating) or not self._level:
-            self._level.add(ms / expected)
-        stretch = self._stretch if speculating else 1.0
-        sizes.add(rows, ms / self._level.value / stretch, expected / stretch)
-        self._kinds.append(speculating)
+        else:
+            compared = False
+            if (rows == self._anchor and not speculating) or not self._level:
+                self._level.add(ms / expected)
+        self.stretch.note(speculating)
+        # Where texts of this length are new, what differs is the stretch, not the shape.
+        if not (compared and is_new):
+            stretch = self.stretch.value if speculating else 1.0
+            sizes.add(rows, ms / self._level.value / stretch, expected / stretch)
         self._stale += 1
         self.unit = self(1)
         # Medians move little once there are many samples: the lines need not follow each.
         if self._stale >= 4 or self.samples < 64:
             self._draw()
-
-    def _compare(self, ratio: float, speculating: bool) -> None:
-        """Learn how steps of this kind compare with the other, of which most were of late.
-
-        Args:
-            ratio: what the step took to what it would if the two compared as is believed.
-            speculating: its kind.
-        """
-        others = sum(kind != speculating for kind in self._kinds)
-        if 3 * others < 2 * _LEVEL_WINDOW:
-            return
-        # A single step may take any time.
-        ratio = min(max(ratio, 0.5), 2.0)
-        stretch = self._stretch * (ratio if speculating else 1.0 / ratio)
-        self._stretches.add(self._length, stretch, self._stretch)
-        self._stretch_line = Line(self._stretches.points(), 0.0)
-        self._stretch = self._stretch_line(self._length)
 
     def add_prompt(self, rows: int, ms: float) -> None:
         """Record a step that read prompts: ``rows`` tokens in all.
@@ -324,7 +372,7 @@ class TargetCost:
     def relative(self, rows: int, speculating: bool) -> float:
         """The cost of a step in units of :attr:`level`."""
         if speculating:
-            return self._stretch * self._speculating_line(rows)
+            return self.stretch.value * self._speculating_line(rows)
         return self._plain_line(rows)
 
     def table(self, rows: int, count: int) -> list[float]:
@@ -332,7 +380,7 @@ class TargetCost:
         known = self._tables.get(rows)
         if known is None or len(known) < count:
             known = self._tables[rows] = self._speculating_line.table(rows, count)
-        stretch = self._stretch
+        stretch = self.stretch.value
         return known if stretch == 1.0 else [stretch * value for value in known]
 
     def __call__(self, rows: int, speculating: bool = False) -> float:

@@ -141,8 +141,12 @@ class RaggedPolicy:
         self._lonely = 0
         # Bucket of batch sizes -> plain steps asked for to know their cost.
         self._asked: dict[int, int] = {}
-        # Batch size -> step and answer of the last _could_pay.
-        self._potential: dict[int, tuple[int, bool]] = {}
+        # Octave of the texts' length -> plain steps asked for to compare speculating ones with.
+        self._asked_over: dict[int, int] = {}
+        # Batch size, octave of the texts' length -> step and answer of the last _could_pay.
+        self._potential: dict[tuple[int, int], tuple[int, bool]] = {}
+        # Whether the last probe was of a draft that could pay, not of costs alone.
+        self._could = True
         # What steps bring of what was planned: stopping inside a draft makes it more.
         self._edge = 1.0
         self._brought = [20.0, 20.0]
@@ -200,7 +204,7 @@ class RaggedPolicy:
         """
         batch = self._batch = len(keys)
         if lengths:
-            self.target.over(sum(lengths) // batch)
+            self.target.stretch.over(sum(lengths) // batch)
         self._steps += 1
         self.gains.tick()
         self.account.tick()
@@ -374,6 +378,7 @@ class RaggedPolicy:
             if self.prober.affords(cost):
                 if self.prober.fresh:
                     self.gains.doubt(_COLD)
+                self._could = useful
                 self._probe(plan, pilots, rooms, probe_height)
 
     def _cut(
@@ -476,19 +481,26 @@ class RaggedPolicy:
 
     def _could_pay(self, batch: int) -> bool:
         """Whether a draft that is nearly always right would pay at this batch size, as of late."""
-        step, answer = self._potential.get(batch, (-100, False))
+        place = batch, self.target.stretch.place
+        step, answer = self._potential.get(place, (-100, False))
         if self._steps - step >= 32:
             answer = could_pay(batch, min(self.max_height, 4), self.target, self.draft)
-            self._potential[batch] = (self._steps, answer)
+            self._potential[place] = (self._steps, answer)
         return answer
 
     def _must_measure(self, batch: int) -> bool:
         """Whether this step is to be plain to learn what plain costs."""
         if self._since_plain >= self._plain_wait():
             return True
+        stretch = self.target.stretch
+        if self._since_plain >= _PLAIN_APART and stretch.is_new and stretch.compares(False):
+            # The step may turn out to be no measure (it also read a prompt): do not insist.
+            asked = self._asked_over.get(stretch.place, 0)
+            self._asked_over[stretch.place] = asked + 1
+            if asked < 6:
+                return True
         if self.target.knows_plain(batch) or (self._on and self._since_plain < _PLAIN_APART):
             return False
-        # The step may turn out to be no measure (it also read a prompt): do not insist.
         asked = self._asked.get(bucket(batch), 0)
         self._asked[bucket(batch)] = asked + 1
         return asked < 4 or not self.target.known
@@ -500,8 +512,6 @@ class RaggedPolicy:
         """
         if self.target.surprised:
             return _PLAIN_AGAIN
-        if not self.target.knows_stretch():
-            return _PLAIN_APART
         return min(max(int(self._ahead / _PLAIN_SHARE), _PLAIN_APART), _PLAIN_EVERY)
 
     def _say_why(self, plan: Plan, survivals: dict[int, list[float]]) -> None:
@@ -772,7 +782,9 @@ class RaggedPolicy:
             tried = sum(height > 0 for height in heights)
             held = sum(kept > 0 for kept in accepted)
             cold = self.gains.evidence < _COLD
-            self.prober.made(won, cold or 0 < tried <= 2 * held)
+            promising = cold or 0 < tried <= 2 * held
+            # Of costs alone the clock has to say so.
+            self.prober.made(won, promising if self._could else won > 0.0)
             return
         self.account.book(won)
         if self.account.full:

@@ -61,12 +61,13 @@ class Prober:
             useful: whether a better draft would pay. Else the costs that say so are looked at
                 again after a long time: they may be stale.
             close: whether drafting would nearly pay: then other requests may well be worth it.
-            patience: steps after which costs are looked at again that no draft would pay for.
+            patience: steps after which costs are looked at again that no draft would pay for; more
+                if the wait for a probe is longer.
         """
         wait = self._wait if known else _STRANGE_WAIT
         if close:
             wait = min(wait, _LONGEST_CLOSE_WAIT)
-        return self._idle > (wait if useful else patience)
+        return self._idle > (wait if useful else max(wait, patience))
 
     def affords(self, cost: float) -> bool:
         """Whether a probe of this expected cost (plain steps) can be paid.

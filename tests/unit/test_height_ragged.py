@@ -505,6 +505,39 @@ def test_a_slower_machine_moves_every_size() -> None:
     assert cost(5, True) == pytest.approx(60.0, rel=0.05)
 
 
+@pytest.mark.parametrize("sizes", [1, 2])
+def test_what_is_not_done_does_not_become_dearer(sizes: int) -> None:
+    """Thousands of noisy plain steps say nothing of what a speculating one costs."""
+    cost, source = TargetCost(), random.Random(1)
+
+    def step(rows: int, ms: float, speculating: bool) -> None:
+        cost.add(rows, ms * (1.0 + 0.1 * source.gauss(0.0, 1.0)), speculating)
+
+    for turn in range(60):
+        step(2, 56.0, True) if turn % 3 else step(1, 50.0, False)
+    before = cost(2, True) / cost(1)
+    for turn in range(4000):
+        rows = 1 + turn // 7 % sizes
+        step(rows, 50.0 if rows == 1 else 53.0, False)
+    assert cost(1) == pytest.approx(50.0, rel=0.1)
+    assert cost(2, True) / cost(1) == pytest.approx(before, rel=0.05 if sizes == 1 else 0.15)
+
+
+def test_second_passes_that_are_not_made_do_not_become_dearer() -> None:
+    cost, source = DraftCost(0.2), random.Random(1)
+
+    def drafting(later: int) -> None:
+        first, further = (4.0 * (1.0 + 0.1 * source.gauss(0.0, 1.0)) for _ in range(2))
+        cost.add(1, later, 0, 20.0, first, later * further if later else 0.0)
+
+    for _ in range(40):
+        drafting(1)
+    for _ in range(4000):
+        drafting(0)
+    assert cost.first(1, 20.0) == pytest.approx(4.0, rel=0.1)
+    assert cost.next(1, 20.0) == pytest.approx(4.0, rel=0.15)
+
+
 @pytest.mark.parametrize("plain", [1.0, 1.2])
 def test_long_texts_make_speculating_steps_dearer(plain: float) -> None:
     """Learned where plain and speculating steps follow each other over texts of such a length."""
@@ -989,9 +1022,13 @@ def test_regret_against_the_best_constant_height(
 @pytest.mark.parametrize("target", [cpu, gpu])
 @pytest.mark.parametrize("batch", [2, 4, 16, 32])
 def test_regret_in_batches(target: Callable[[int], float], batch: int) -> None:
-    world = World(lambda _: GOOD, batch, machine=Machine(target, draft=3.0), length=400)
-    best, _ = best_constant(world, 400)
-    assert world.run(RaggedPolicy(8, draft_share=0.15), 400).rate >= 0.955 * best
+    shares = []
+    for seed in range(3):
+        machine = Machine(target, draft=3.0)
+        world = World(lambda _: GOOD, batch, machine=machine, length=400, seed=seed)
+        best, _ = best_constant(world, 400)
+        shares.append(world.run(RaggedPolicy(8, draft_share=0.15), 400).rate / best)
+    assert statistics.fmean(shares) >= 0.955
 
 
 def test_heights_fit_the_position() -> None:
@@ -1371,7 +1408,8 @@ def test_probes_that_no_step_judges_are_paid_for() -> None:
         policy.observe([], [], [])
         policy.forget([request])
         probed += bool(plan.passes)
-    assert probed < 60
+    # At 0.4 of a plain step each, what may be lost in so many.
+    assert probed < 150
 
 
 def test_an_unpaid_hole_is_a_loss() -> None:

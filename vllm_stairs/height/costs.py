@@ -102,6 +102,10 @@ class _Sizes:
         found[1][0] += (size - found[1][0]) / 8
         self.samples += 1
 
+    def median(self, size: int) -> Median:
+        """The samples in the bucket of ``size``, of which there are some."""
+        return self._buckets[self._bucket(size)][0]
+
     def sizes(self) -> list[float]:
         """The mean size of each bucket."""
         return [place[0] for _, place in self._buckets.values()]
@@ -112,6 +116,32 @@ class _Sizes:
             (place[0], median.value, float(len(median)))
             for _, (median, place) in sorted(self._buckets.items())
         ]
+
+
+class _Level(Median):
+    """Milliseconds that relative costs are relative to."""
+
+    def __init__(self) -> None:
+        super().__init__(_LEVEL_WINDOW)
+        # The sizes that were done last.
+        self._seen: deque[Median] = deque(maxlen=_LEVEL_WINDOW)
+
+    def learn(self, sizes: _Sizes, size: int, value: float, predicted: float) -> None:
+        """Record a relative cost; what the sizes of late have in common is the level's.
+
+        A level and relative costs that are learned from each other leave a factor open. Where the
+        same few sizes are done for long it would wander, and with it, unfounded, all that is not
+        done: what drafting costs while nobody drafts.
+        """
+        settled = sizes.count(size) >= _SETTLED
+        before = sizes.median(size).value if settled else 0.0
+        sizes.add(size, value, predicted)
+        own = sizes.median(size)
+        self._seen.append(own)
+        if settled and own.value != before:
+            factor = (before / own.value) ** (self._seen.count(own) / len(self._seen))
+            for median in set(self._seen):
+                median.scale(factor)
 
 
 class Line:
@@ -252,7 +282,7 @@ class TargetCost:
         # Plain steps may be few: their median has to turn with fewer.
         self._plain = _Sizes((window + 1) // 2)
         self._speculating = _Sizes(window)
-        self._level = Median(_LEVEL_WINDOW)
+        self._level = _Level()
         self._anchor = 0
         # Whether the last plain step took another time than was expected.
         self.surprised = False
@@ -300,7 +330,7 @@ class TargetCost:
         """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
         if len(self._level) == 1 and ms < 0.5 * self._level.value:
             # The first step was dear (it compiled, say) and tells nothing, whatever its size.
-            self._level = Median(_LEVEL_WINDOW)
+            self._level = _Level()
         if not self._level:
             self._anchor = rows
             self._plain_line = self._speculating_line = Line([(rows, 1.0, 1.0)], self.slope)
@@ -328,7 +358,7 @@ class TargetCost:
         # Where texts of this length are new, what differs is the stretch, not the shape.
         if not (compared and is_new):
             stretch = self.stretch.value if speculating else 1.0
-            sizes.add(rows, ms / self._level.value / stretch, expected / stretch)
+            self._level.learn(sizes, rows, ms / self._level.value / stretch, expected / stretch)
         self._stale += 1
         self.unit = self(1)
         # Medians move little once there are many samples: the lines need not follow each.
@@ -407,7 +437,7 @@ class DraftCost:
         self.row_share = 0.02
         self._first = _Sizes(window)
         self._next = _Sizes(window)
-        self._level = Median(_LEVEL_WINDOW)
+        self._level = _Level()
         self._first_line = self._next_line = Line([(1.0, 1.0, 1.0)], 0.01)
         self._per_token = Median(9)
         self._stale = 0
@@ -489,7 +519,7 @@ class DraftCost:
             self._draw()
 
     def _sample(self, sizes: _Sizes, requests: int, ms: float, expected: float) -> None:
-        sizes.add(requests, ms / self._level.value, expected)
+        self._level.learn(sizes, requests, ms / self._level.value, expected)
         self._stale += 1
 
     def _draw(self) -> None:

@@ -523,6 +523,47 @@ def test_what_is_not_done_does_not_become_dearer(sizes: int) -> None:
     assert cost(2, True) / cost(1) == pytest.approx(before, rel=0.05 if sizes == 1 else 0.15)
 
 
+@pytest.mark.parametrize("apart", [0.95, 1.05])
+def test_sizes_that_a_line_pools_stay_apart_from_the_rest(apart: float) -> None:
+    """Two rows were dearer at another batch size than they are now: plain is not learned wrong."""
+    cost, source = TargetCost(), random.Random(2)
+
+    def step(rows: int, ms: float, speculating: bool) -> None:
+        cost.add(rows, ms * (1.0 + 0.04 * source.gauss(0.0, 1.0)), speculating)
+
+    for _ in range(40):
+        step(1, 50.0, False)
+    for _ in range(40):
+        step(2, 55.0, False)
+    for turn in range(2000):
+        step(2, 55.0 * apart, True) if turn % 17 else step(1, 50.0, False)
+    assert cost(1) == pytest.approx(50.0, rel=0.06)
+    assert cost(2, True) == pytest.approx(55.0 * apart, rel=0.06)
+    assert cost.stretch.value == pytest.approx(1.0, abs=0.12)
+
+
+def test_passes_that_read_missing_text_follow_the_machine() -> None:
+    """Where every drafting step fills a hole, later passes are known all the same."""
+    cost = DraftCost(0.2)
+    for slower in (1.0, 1.5):
+        for _ in range(60):
+            cost.add(1, 2, 40, 20.0, slower * 6.0, slower * 8.0)
+        assert cost.next(1, 20.0) == pytest.approx(slower * 4.0, rel=0.05)
+
+
+def test_what_long_texts_said_first_does_not_go_for_short_ones() -> None:
+    cost = TargetCost()
+    for length, count in ((60, 130), (3000, 200)):
+        cost.stretch.over(length)
+        dearer = 1.25 if length > 1000 else 1.0
+        for turn in range(count):
+            plain = turn % 16 == 12
+            cost.add(1 if plain else 2, 20.0 if plain else 22.0 * dearer, not plain)
+    assert cost(2, True) / cost(1) == pytest.approx(1.375, rel=0.03)
+    cost.stretch.over(60)
+    assert cost(2, True) / cost(1) == pytest.approx(1.1, rel=0.05)
+
+
 def test_second_passes_that_are_not_made_do_not_become_dearer() -> None:
     cost, source = DraftCost(0.2), random.Random(1)
 
@@ -1557,7 +1598,7 @@ def test_plain_steps_are_measured_now_and_then() -> None:
     result = World(lambda _: GOOD, length=20000).run(RaggedPolicy(8), 1200)
     plain = [index for index, step in enumerate(result.heights[10:]) if step == [0]]
     # A few for each octave of the text's length, and then rarely.
-    assert 10 <= len(plain) <= 45
+    assert 10 <= len(plain) <= 55
     assert sum(step == [0] for step in result.heights[-100:]) <= 3
 
 

@@ -25,6 +25,8 @@ _BELIEF = 3
 """Comparisons that what is believed of texts of a new length counts as."""
 _SETTLED = 8
 """Samples of a size after which what still differs is told to be due to the texts' length."""
+_ALONE = 2 / 3
+"""Share of a size in the last steps beyond which there is nothing to tell its cost apart from."""
 _MANY_ROWS = 64
 _EXACT = 16
 """Sizes up to here have a bucket each, larger ones share eight to the octave."""
@@ -126,20 +128,35 @@ class _Level(Median):
         # The sizes that were done last.
         self._seen: deque[Median] = deque(maxlen=_LEVEL_WINDOW)
 
-    def learn(self, sizes: _Sizes, size: int, value: float, predicted: float) -> None:
+    def learn(
+        self, sizes: _Sizes, size: int, value: float, predicted: float, counted: bool = True
+    ) -> None:
         """Record a relative cost; what the sizes of late have in common is the level's.
 
         A level and relative costs that are learned from each other leave a factor open. Where the
         same few sizes are done for long it would wander, and with it, unfounded, all that is not
         done: what drafting costs while nobody drafts.
+
+        Args:
+            sizes: of the kind of step that was done.
+            size: its size.
+            value: its cost relative to the level.
+            predicted: what was expected.
+            counted: whether the level follows the step.
         """
-        settled = sizes.count(size) >= _SETTLED
-        before = sizes.median(size).value if settled else 0.0
-        sizes.add(size, value, predicted)
+        if not counted or sizes.count(size) < _SETTLED:
+            sizes.add(size, value, predicted)
+            return
         own = sizes.median(size)
         self._seen.append(own)
-        if settled and own.value != before:
-            factor = (before / own.value) ** (self._seen.count(own) / len(self._seen))
+        share = self._seen.count(own) / len(self._seen)
+        if share > _ALONE:
+            return
+        before = own.value
+        # Where lines pool sizes, the level is what makes steps cost what the line says.
+        sizes.add(size, value * before / predicted, predicted)
+        if own.value != before:
+            factor = (before / own.value) ** share
             for median in set(self._seen):
                 median.scale(factor)
 
@@ -253,7 +270,11 @@ class Stretch:
         ratio = min(max(ratio, 0.5), 2.0)
         seen = self.value * (ratio if speculating else 1.0 / ratio)
         self._sizes.add(self.length, seen, self.value)
-        self._line = Line(self._sizes.points(), 0.0)
+        points = self._sizes.points()
+        if octave(int(points[0][0])):
+            # The curves are those of short texts, until these say otherwise.
+            points = [(1.0, 1.0, _BELIEF), *points]
+        self._line = Line(points, 0.0)
         self.over(self.length)
 
     def note(self, speculating: bool) -> None:
@@ -280,7 +301,7 @@ class TargetCost:
         self._prior_slope = slope
         self._per_row = Median(9)
         # Plain steps may be few: their median has to turn with fewer.
-        self._plain = _Sizes((window + 1) // 2)
+        self._plain = _Sizes(window // 2)
         self._speculating = _Sizes(window)
         self._level = _Level()
         self._anchor = 0
@@ -325,6 +346,10 @@ class TargetCost:
         if rows <= 2:
             return self._plain.count(rows) > 0
         return any(0.8 * rows <= size <= 1.25 * rows for size in self._plain.sizes())
+
+    def knows_plain_well(self, rows: int) -> bool:
+        """Whether a plain step of so many rows can be compared with speculating ones."""
+        return self._plain.count(rows) >= _SETTLED
 
     def add(self, rows: int, ms: float, speculating: bool) -> None:
         """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
@@ -507,19 +532,23 @@ class DraftCost:
                     self._per_token.add(self._filling(plain_ms))
                 self._per_token.add(max(extra, 0.0) / filled)
         known = not later or self._next.count(round(later_requests)) >= 2
-        if known and not filled and self._first.count(requests) >= 2:
+        known = known and self._first.count(requests) >= 2
+        if known and not filled:
             expected = self._first_line(requests) + later * self._next_line(later_requests)
             self._level.add((first_ms + next_ms) / expected)
         if not filled:
-            self._sample(self._first, requests, first_ms, self._first_line(requests))
+            self._sample(self._first, requests, first_ms, self._first_line(requests), known)
         if later:
             expected = self._next_line(later_requests)
-            self._sample(self._next, round(later_requests), next_ms / later, expected)
+            counted = known and not filled
+            self._sample(self._next, round(later_requests), next_ms / later, expected, counted)
         if self._stale >= 4 or self._first.samples + self._next.samples < 64:
             self._draw()
 
-    def _sample(self, sizes: _Sizes, requests: int, ms: float, expected: float) -> None:
-        self._level.learn(sizes, requests, ms / self._level.value, expected)
+    def _sample(
+        self, sizes: _Sizes, requests: int, ms: float, expected: float, counted: bool
+    ) -> None:
+        self._level.learn(sizes, requests, ms / self._level.value, expected, counted)
         self._stale += 1
 
     def _draw(self) -> None:

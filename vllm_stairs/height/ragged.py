@@ -141,8 +141,9 @@ class RaggedPolicy:
         self._lonely = 0
         # Bucket of batch sizes -> plain steps asked for to know their cost.
         self._asked: dict[int, int] = {}
-        # Octave of the texts' length -> plain steps asked for to compare speculating ones with.
-        self._asked_over: dict[int, int] = {}
+        # Plain steps asked for to compare speculating ones with: True and the octave of the texts'
+        # length, or False and the bucket of a batch size of which there were too few.
+        self._asked_over: dict[tuple[bool, int], int] = {}
         # Batch size, octave of the texts' length -> step and answer of the last _could_pay.
         self._potential: dict[tuple[int, int], tuple[int, bool]] = {}
         # Whether the last probe was of a draft that could pay, not of costs alone.
@@ -495,9 +496,11 @@ class RaggedPolicy:
         stretch = self.target.stretch
         if self._since_plain >= _PLAIN_APART and stretch.is_new and stretch.compares(False):
             # The step may turn out to be no measure (it also read a prompt): do not insist.
-            asked = self._asked_over.get(stretch.place, 0)
-            self._asked_over[stretch.place] = asked + 1
-            if asked < 6:
+            well = self.target.knows_plain_well(batch)
+            what = (well, stretch.place if well else bucket(batch))
+            asked = self._asked_over.get(what, 0)
+            self._asked_over[what] = asked + 1
+            if asked < 8:
                 return True
         if self.target.knows_plain(batch) or (self._on and self._since_plain < _PLAIN_APART):
             return False

@@ -321,6 +321,8 @@ class Gain:
 
     def _estimate(self) -> None:
         weight = self._prior_weight * 16.0 / (16.0 + self.evidence)
+        # Probes let little evidence be left: what was hoped for at first must not outweigh it.
+        faded = max(weight, 0.5 * self._prior_weight)
         rate, self.rates, self._bold, self._sober = self._prior, [], [], []
         for position in self._positions:
             rate = position.mean(rate, weight)
@@ -332,8 +334,8 @@ class Gain:
             self._sober.append(min(max(chance - doubt, 0.0), 0.99))
             weight = 2.0
         for whole, seen in self._contexts.items():
-            rate = seen.mean(self._prior, self._prior_weight)
-            doubt = 0.5 * sqrt(rate * (1.0 - rate) / (seen.trials + self._prior_weight))
+            rate = seen.mean(self._prior, faded)
+            doubt = 0.5 * sqrt(rate * (1.0 - rate) / (seen.trials + faded))
             self._hopes[whole] = rate + doubt
             self._odds[whole] = odds_ratio(rate, self.rates[0])
         self._shape = [(seen.successes + 8.0) / (seen.trials + 8.0) for seen in self._profile]

@@ -243,7 +243,7 @@ class World:
                     kept += 1
                 accepted.append(0 if adversary and not probe else kept)
             rows = len(running) + sum(heights)
-            context = self._context(running, position)
+            context = statistics.fmean(self._lengths(running, position))
             target_ms = machine.step(rows, rows > len(running), context)
             result.ms += draft_ms + target_ms
             result.tokens += len(running) + sum(accepted)
@@ -265,9 +265,9 @@ class World:
                 policy.forget(ended)
         return result
 
-    def _context(self, running: list[int], position: dict[int, int]) -> float:
-        """Tokens of a text so far, on average."""
-        return statistics.fmean(self.prompt(request) + position[request] for request in running)
+    def _lengths(self, running: list[int], position: dict[int, int]) -> list[int]:
+        """Tokens of each text so far."""
+        return [self.prompt(request) + position[request] for request in running]
 
     def _draft(
         self,
@@ -282,7 +282,7 @@ class World:
         machine = self.machine
         remaining = [self.length - position[request] for request in running]
         ends = None if self.end is None else [min(hole, self.end) for hole in holes]
-        lengths = [self.prompt(request) + position[request] for request in running]
+        lengths = self._lengths(running, position)
         plan = policy.plan(running, rooms, holes, remaining, ends=ends, lengths=lengths)
         for index in plan.active:
             if index in plan.cut:
@@ -505,14 +505,21 @@ def test_a_slower_machine_moves_every_size() -> None:
     assert cost(5, True) == pytest.approx(60.0, rel=0.05)
 
 
+def noisy_steps(cost: TargetCost, seed: int, noise: float) -> Callable[[int, float, bool], None]:
+    """What records a step of so many rows and milliseconds, give or take a share of these."""
+    source = random.Random(seed)
+
+    def step(rows: int, ms: float, speculating: bool) -> None:
+        cost.add(rows, ms * (1.0 + noise * source.gauss(0.0, 1.0)), speculating)
+
+    return step
+
+
 @pytest.mark.parametrize("sizes", [1, 2])
 def test_what_is_not_done_does_not_become_dearer(sizes: int) -> None:
     """Thousands of noisy plain steps say nothing of what a speculating one costs."""
-    cost, source = TargetCost(), random.Random(1)
-
-    def step(rows: int, ms: float, speculating: bool) -> None:
-        cost.add(rows, ms * (1.0 + 0.1 * source.gauss(0.0, 1.0)), speculating)
-
+    cost = TargetCost()
+    step = noisy_steps(cost, seed=1, noise=0.1)
     for turn in range(60):
         step(2, 56.0, True) if turn % 3 else step(1, 50.0, False)
     before = cost(2, True) / cost(1)
@@ -526,11 +533,8 @@ def test_what_is_not_done_does_not_become_dearer(sizes: int) -> None:
 @pytest.mark.parametrize("apart", [0.95, 1.05])
 def test_sizes_that_a_line_pools_stay_apart_from_the_rest(apart: float) -> None:
     """Two rows were dearer at another batch size than they are now: plain is not learned wrong."""
-    cost, source = TargetCost(), random.Random(2)
-
-    def step(rows: int, ms: float, speculating: bool) -> None:
-        cost.add(rows, ms * (1.0 + 0.04 * source.gauss(0.0, 1.0)), speculating)
-
+    cost = TargetCost()
+    step = noisy_steps(cost, seed=2, noise=0.04)
     for _ in range(40):
         step(1, 50.0, False)
     for _ in range(40):
@@ -582,17 +586,17 @@ def test_second_passes_that_are_not_made_do_not_become_dearer() -> None:
 @pytest.mark.parametrize("plain", [1.0, 1.2])
 def test_long_texts_make_speculating_steps_dearer(plain: float) -> None:
     """Learned where plain and speculating steps follow each other over texts of such a length."""
-    cost, source = TargetCost(), random.Random(3)
+    cost = TargetCost()
+    add = noisy_steps(cost, seed=3, noise=0.04)
 
     def steps(length: int, count: int) -> None:
         cost.stretch.over(length)
         longer, dearer = (plain, 1.25) if length > 1000 else (1.0, 1.0)
         for step in range(count):
-            noise = 1.0 + 0.04 * source.gauss(0.0, 1.0)
             if step % 16 == 12:
-                cost.add(1, 20.0 * longer * noise, False)
+                add(1, 20.0 * longer, False)
             else:
-                cost.add(3, 24.0 * longer * dearer * noise, True)
+                add(3, 24.0 * longer * dearer, True)
 
     def ratio(length: int) -> float:
         cost.stretch.over(length)
@@ -1366,10 +1370,10 @@ def test_a_draft_that_needs_all_of_a_text_reads_it(batch: int, prompt: int, blin
     for seed in range(3):
         all_of_it, _ = with_long_prompts(batch, prompt, blind, None, seed=seed)
         free, world = with_long_prompts(batch, prompt, blind, 128, seed=seed)
-        assert sum(world.cut.values()) < 0.35 * len(world.cut)
+        assert sum(world.cut.values()) < 0.25 * len(world.cut)
         gains.append(free / all_of_it)
     # Finding out takes a few requests.
-    assert statistics.fmean(gains) > (0.95 if blind < 0.9 else 0.86)
+    assert statistics.fmean(gains) > (0.96 if blind < 0.9 else 0.88)
 
 
 def test_what_long_texts_say_does_not_go_for_short_ones() -> None:
@@ -1608,7 +1612,7 @@ def test_plain_steps_are_measured_now_and_then() -> None:
     result = World(lambda _: GOOD, length=20000).run(RaggedPolicy(8), 1200)
     plain = [index for index, step in enumerate(result.heights[10:]) if step == [0]]
     # A few for each octave of the text's length, and then rarely.
-    assert 10 <= len(plain) <= 55
+    assert 10 <= len(plain) <= 30
     assert sum(step == [0] for step in result.heights[-100:]) <= 3
 
 

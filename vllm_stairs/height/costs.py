@@ -65,9 +65,9 @@ class Median:
         self.value = ranked[(len(ranked) - 1) // 2]
 
     def scale(self, factor: float) -> None:
-        """Multiply all values."""
+        """Multiply all values by a positive factor."""
         self._order = deque((factor * value for value in self._order), self._order.maxlen)
-        self._sorted = sorted(self._order)
+        self._sorted = [factor * value for value in self._sorted]
         self.value *= factor
 
 
@@ -364,24 +364,20 @@ class TargetCost:
         if not speculating:
             usual = expected * self._level.value if self._level else ms
             self.surprised = not usual < _NEWS * ms < _NEWS * _NEWS * usual
-        is_new = self.stretch.is_new
-        if sizes.count(rows) >= 2:
-            compared = sizes.count(rows) >= _SETTLED and self.stretch.compares(speculating)
-            if compared:
-                before = self.stretch.value
-                self.stretch.add(ms / (expected * self._level.value), speculating)
-                expected = self.relative(rows, speculating)
-                if not speculating:
-                    # Speculating steps, of which it was made, are now known to be longer than that.
-                    self._level.scale(before / self.stretch.value)
-            self._level.add(ms / expected)
-        else:
-            compared = False
-            if (rows == self._anchor and not speculating) or not self._level:
-                self._level.add(ms / expected)
-        self.stretch.note(speculating)
+        compared = sizes.count(rows) >= _SETTLED and self.stretch.compares(speculating)
         # Where texts of this length are new, what differs is the stretch, not the shape.
-        if not (compared and is_new):
+        tells_shape = not (compared and self.stretch.is_new)
+        if compared:
+            before = self.stretch.value
+            self.stretch.add(ms / (expected * self._level.value), speculating)
+            expected = self.relative(rows, speculating)
+            if not speculating:
+                # Speculating steps, of which it was made, are now known to be longer than that.
+                self._level.scale(before / self.stretch.value)
+        if sizes.count(rows) >= 2 or (rows == self._anchor and not speculating) or not self._level:
+            self._level.add(ms / expected)
+        self.stretch.note(speculating)
+        if tells_shape:
             stretch = self.stretch.value if speculating else 1.0
             self._level.learn(sizes, rows, ms / self._level.value / stretch, expected / stretch)
         self._stale += 1
@@ -532,15 +528,14 @@ class DraftCost:
                     self._per_token.add(self._filling(plain_ms))
                 self._per_token.add(max(extra, 0.0) / filled)
         known = not later or self._next.count(round(later_requests)) >= 2
-        known = known and self._first.count(requests) >= 2
-        if known and not filled:
+        counted = known and not filled and self._first.count(requests) >= 2
+        if counted:
             expected = self._first_line(requests) + later * self._next_line(later_requests)
             self._level.add((first_ms + next_ms) / expected)
         if not filled:
-            self._sample(self._first, requests, first_ms, self._first_line(requests), known)
+            self._sample(self._first, requests, first_ms, self._first_line(requests), counted)
         if later:
             expected = self._next_line(later_requests)
-            counted = known and not filled
             self._sample(self._next, round(later_requests), next_ms / later, expected, counted)
         if self._stale >= 4 or self._first.samples + self._next.samples < 64:
             self._draw()

@@ -64,10 +64,10 @@ _SMALL_HOLE = 16
 """Tokens; above, drafting is an investment, and decided soberly."""
 _PLAIN_EVERY = 128
 """Speculating steps after which one plain step is measured again, at the latest."""
-_PLAIN_SHARE = 0.0025
-"""Share of time that measuring plain steps may cost while drafting pays."""
 _PLAIN_AGAIN = 8
 """The same if the last one took another time than was expected."""
+_PLAIN_SHARE = 0.0025
+"""Share of time that measuring plain steps may cost while drafting pays."""
 _PLAIN_APART = 16
 """Speculating steps between two plain ones that are made for their cost, at the least."""
 _LARGE_BATCH = 4
@@ -139,11 +139,8 @@ class RaggedPolicy:
         self._ahead = 0.0
         # Steps since one with more than one draft pass.
         self._lonely = 0
-        # Bucket of batch sizes -> plain steps asked for to know their cost.
-        self._asked: dict[int, int] = {}
-        # Plain steps asked for to compare speculating ones with: True and the octave of the texts'
-        # length, or False and the bucket of a batch size of which there were too few.
-        self._asked_over: dict[tuple[bool, int], int] = {}
+        # What for, and of which bucket -> plain steps asked for.
+        self._asked: dict[tuple[str, int], int] = {}
         # Batch size, octave of the texts' length -> step and answer of the last _could_pay.
         self._potential: dict[tuple[int, int], tuple[int, bool]] = {}
         # Whether the last probe was of a draft that could pay, not of costs alone.
@@ -495,18 +492,21 @@ class RaggedPolicy:
             return True
         stretch = self.target.stretch
         if self._since_plain >= _PLAIN_APART and stretch.is_new and stretch.compares(False):
-            # The step may turn out to be no measure (it also read a prompt): do not insist.
+            # Before it can be compared with, the size itself has to be known well.
             well = self.target.knows_plain_well(batch)
-            what = (well, stretch.place if well else bucket(batch))
-            asked = self._asked_over.get(what, 0)
-            self._asked_over[what] = asked + 1
-            if asked < 8:
+            if self._ask("length", stretch.place) if well else self._ask("size", bucket(batch)):
                 return True
         if self.target.knows_plain(batch) or (self._on and self._since_plain < _PLAIN_APART):
             return False
-        asked = self._asked.get(bucket(batch), 0)
-        self._asked[bucket(batch)] = asked + 1
-        return asked < 4 or not self.target.known
+        return self._ask("cost", bucket(batch), 4) or not self.target.known
+
+    def _ask(self, purpose: str, place: int, times: int = 8) -> bool:
+        """Whether to ask for a plain step for a purpose; not more often than so.
+
+        The step may turn out to be no measure (it also read a prompt): nobody insists.
+        """
+        asked = self._asked[purpose, place] = self._asked.get((purpose, place), 0) + 1
+        return asked <= times
 
     def _plain_wait(self) -> int:
         """Speculating steps after which a plain one is due, which says what plain costs.

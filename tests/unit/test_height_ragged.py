@@ -685,6 +685,37 @@ def test_draft_passes() -> None:
     assert cost.first(4, 20.0) == pytest.approx(7.0, rel=0.05)
 
 
+def test_a_draft_that_is_off_gets_faster_with_the_machine() -> None:
+    """It may be off because it was slow, and is not measured then."""
+    cost = DraftCost(0.25)
+    for _ in range(40):
+        cost.add(1, 2, 100, 60.0, 15.0 + 30.0, 24.0)
+        cost.add(1, 2, 0, 60.0, 15.0, 24.0)
+    for plain_ms in (60.0, 40.0):
+        assert cost.first(1, plain_ms) == pytest.approx(plain_ms / 4, rel=0.05)
+        assert cost.next(1, plain_ms) == pytest.approx(plain_ms / 5, rel=0.05)
+        assert cost.fill(100, plain_ms) == pytest.approx(plain_ms / 2, rel=0.05)
+    # What is measured counts, whatever was to be expected.
+    for _ in range(20):
+        cost.add(1, 2, 0, 40.0, 15.0, 24.0)
+    assert cost.first(1, 40.0) == pytest.approx(15.0, rel=0.05)
+
+
+def test_lines_are_not_drawn_anew_in_every_step_of_one_size() -> None:
+    cost, drawn = TargetCost(), 0
+    draw = cost._draw
+
+    def counted() -> None:
+        nonlocal drawn
+        drawn += 1
+        draw()
+
+    cost._draw = counted  # type: ignore[method-assign]
+    for _ in range(1000):
+        cost.add(1, 20.0, False)
+    assert drawn < 64 + 1000 / 4
+
+
 def test_draft_passes_that_were_timed_together() -> None:
     cost = DraftCost(0.25)
     for _ in range(20):
@@ -800,6 +831,21 @@ def test_doubt_lets_news_turn_the_estimate() -> None:
     assert gain.rates[0] > 0.4
 
 
+@pytest.mark.parametrize("step", range(4))
+def test_a_single_probe_is_news_at_once(step: int) -> None:
+    """Whichever step it is made in: the next one may be a thousand steps away."""
+    gain = Gain(1)
+    for request in range(100):
+        teach(gain, request, [(1, 0)])
+    for _ in range(40 + step):
+        gain.tick()
+    gain.doubt(8.0)
+    hoped = gain.rates[0]
+    gain.observe("x", 1, 0)
+    gain.learned()
+    assert gain.rates[0] < hoped
+
+
 def test_doubt_is_about_confidence_too() -> None:
     """Also about confidences that no new token had."""
     gain, sure = Gain(4), [0.97] * 4
@@ -836,6 +882,22 @@ def test_probes_back_off_and_follow_success() -> None:
     prober.made(1.0, promising=True)
     prober.tick(True)
     assert not prober.due(True)
+
+
+def test_probes_of_costs_alone_follow_success_too() -> None:
+    """One measurement does not turn a median."""
+    prober = Prober(1e9, 0.0)
+    for _ in range(500):
+        prober.tick(True)
+    assert prober.due(True, useful=False, patience=400)
+    for _ in range(7):
+        prober.made(1.0, promising=True)
+        prober.tick(True)
+        assert prober.due(True, useful=False, patience=400)
+    prober.made(1.0, promising=True)
+    for _ in range(400):
+        prober.tick(True)
+        assert not prober.due(True, useful=False, patience=400)
 
 
 def test_speculation_ends_a_series_of_probes() -> None:

@@ -310,7 +310,7 @@ class TargetCost:
         # Milliseconds of a plain step of one row.
         self.unit = 0.0
         self._plain_line = self._speculating_line = Line([(1.0, 1.0, 1.0)], slope)
-        self._stale = 0
+        self._steps = self._stale = 0
         self._tables: dict[int, list[float]] = {}
         # How much longer speculating steps are, by the length of the texts.
         self.stretch = Stretch()
@@ -380,10 +380,11 @@ class TargetCost:
         if tells_shape:
             stretch = self.stretch.value if speculating else 1.0
             self._level.learn(sizes, rows, ms / self._level.value / stretch, expected / stretch)
+        self._steps += 1
         self._stale += 1
         self.unit = self(1)
         # Medians move little once there are many samples: the lines need not follow each.
-        if self._stale >= 4 or self.samples < 64:
+        if self._stale >= 4 or self._steps < 64:
             self._draw()
 
     def add_prompt(self, rows: int, ms: float) -> None:
@@ -459,13 +460,22 @@ class DraftCost:
         self._first = _Sizes(window)
         self._next = _Sizes(window)
         self._level = _Level()
+        # Milliseconds of a plain step of one row when the draft was last measured.
+        self._plain_ms = 0.0
         self._first_line = self._next_line = Line([(1.0, 1.0, 1.0)], 0.01)
         self._per_token = Median(9)
-        self._stale = 0
+        self._steps = self._stale = 0
 
     def scale(self, plain_ms: float) -> float:
         """Milliseconds that the relative costs are relative to."""
-        return self._level.value if self._level else self._share * plain_ms
+        return self._level.value * self._since(plain_ms) if self._level else self._share * plain_ms
+
+    def _since(self, plain_ms: float) -> float:
+        """By what the machine is slower than when the draft was last measured, as plain steps say.
+
+        A draft that is off is not measured, and it may be off just because the machine was slow.
+        """
+        return plain_ms / self._plain_ms if self._plain_ms else 1.0
 
     def first(self, requests: int, plain_ms: float) -> float:
         """Milliseconds of the first pass; ``plain_ms``: a plain step of one row."""
@@ -486,7 +496,7 @@ class DraftCost:
     def _filling(self, plain_ms: float) -> float:
         """Milliseconds per token: as measured, else what a row costs the target, scaled down."""
         if self._per_token:
-            return self._per_token.value
+            return self._per_token.value * self._since(plain_ms)
         return self.row_share * self.scale(plain_ms)
 
     def add(
@@ -510,6 +520,11 @@ class DraftCost:
             next_ms: milliseconds of these together.
             later_requests: mean number of requests in these.
         """
+        slower = self._since(plain_ms)
+        if slower != 1.0:
+            self._level.scale(slower)
+            self._per_token.scale(slower)
+        self._plain_ms = plain_ms
         if next_ms is None:
             # One figure for all: what the first pass is known to cost more stays with it.
             first = self.first(requests, plain_ms)
@@ -537,7 +552,8 @@ class DraftCost:
         if later:
             expected = self._next_line(later_requests)
             self._sample(self._next, round(later_requests), next_ms / later, expected, counted)
-        if self._stale >= 4 or self._first.samples + self._next.samples < 64:
+        self._steps += 1
+        if self._stale >= 4 or self._steps < 64:
             self._draw()
 
     def _sample(

@@ -20,6 +20,8 @@ _EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *_EDGES), (*_EDGES, 1.0), strict=True))
 _NOVELTY = tuple((1.0 + earlier / 4.0) ** -2 for earlier in range(25))
 """What a staircase tells of other requests, after so many of the same one."""
+_ESTIMATE_EVERY = 4
+"""Steps after which what was learned is taken into the estimates, once there is much evidence."""
 _OWN_WEIGHT = 8.0
 """Trials after which a request's own record weighs as much as calibration."""
 
@@ -138,7 +140,8 @@ class Gain:
         # Trials of its own after which a request counts as much as all others do.
         self._shrinkage = 4.0
         self._spread = [0.8, 4.0]
-        self._step = 0
+        # The step of now, and of the last estimates that took in what was new.
+        self._step = self._estimated = 0
         self.evidence = 0.0
         self.rates: list[float] = []
         self._bold: list[float] = []
@@ -311,7 +314,8 @@ class Gain:
         self._touched.clear()
         self._weaken_confident(self._cap)
         # With much evidence the estimates move little in a step.
-        if self.evidence < 64 or not self._step % 4:
+        if self.evidence < 64 or self._step - self._estimated >= _ESTIMATE_EVERY:
+            self._estimated = self._step
             self._estimate()
 
     def _weaken_confident(self, cap: float) -> None:

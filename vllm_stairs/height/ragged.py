@@ -245,7 +245,8 @@ class RaggedPolicy:
         if len(plan.active) < len(able):
             self._say_why(plan, survivals)
             if not plan.active:
-                self._idle = dict(zip(plan.keys, plan.reasons, strict=True))
+                self._idle = dict.fromkeys(plan.keys)
+                self._idle.update((plan.keys[index], plan.reasons[index]) for index in survivals)
                 self._idle_step = self._steps
         elif self._on and not plan.probe and holes is None:
             self._last, self._last_step = plan, self._steps
@@ -786,8 +787,10 @@ class RaggedPolicy:
             held = sum(kept > 0 for kept in accepted)
             cold = self.gains.evidence < _COLD
             promising = cold or 0 < tried <= 2 * held
-            # Of costs alone the clock has to say so.
-            self.prober.made(won, promising if self._could else won > 0.0)
+            if not self._could:
+                # Of costs alone the clock has to say so, for what is not paid but once.
+                promising = won + self.draft.fill(plan.filled, self.target.unit) / plain > 0.0
+            self.prober.made(won, promising)
             return
         self.account.book(won)
         if self.account.full:

@@ -67,7 +67,7 @@ class Prober:
         wait = self._wait if known else _STRANGE_WAIT
         if close:
             wait = min(wait, _LONGEST_CLOSE_WAIT)
-        return self._idle > (wait if useful else max(wait, patience))
+        return self._idle > (wait if useful or self._burst else max(wait, patience))
 
     def affords(self, cost: float) -> bool:
         """Whether a probe of this expected cost (plain steps) can be paid.

@@ -1,6 +1,8 @@
 """Stairs without a server: vLLM's own `LLM` class, greedy, a few prompts at once.
 
 python examples/offline.py [TARGET [DRAFT]]
+
+Without DRAFT it is TARGET-draft (`make models` makes both).
 """
 
 import os
@@ -17,7 +19,9 @@ QUESTIONS = [
 def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     target = sys.argv[1] if len(sys.argv) > 1 else TARGET
-    draft = sys.argv[2] if len(sys.argv) > 2 else target
+    speculation = {"method": "stairs", "num_speculative_tokens": 4}
+    if len(sys.argv) > 2:
+        speculation["model"] = sys.argv[2]
 
     from vllm import LLM, SamplingParams
 
@@ -25,7 +29,7 @@ def main() -> None:
         model=target,
         dtype="float32",
         max_model_len=2048,
-        speculative_config={"method": "stairs", "model": draft, "num_speculative_tokens": 4},
+        speculative_config=speculation,
     )
     answers = llm.chat(
         [[{"role": "user", "content": question}] for question in QUESTIONS],

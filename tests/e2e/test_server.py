@@ -70,7 +70,9 @@ def server(starting: tuple["subprocess.Popen[bytes]", str, Path], plain: LLM) ->
     wait_until_healthy(process, url, log_path)
     yield url
     text = log_path.read_text()
-    assert "costs" in text, "the start-up line about the draft"
+    assert re.search(r"draft \S+ costs [\d.]+ MiB of weights .* and [\d.]+ of [\d.]+ KiB", text)
+    assert re.search(r"mean acceptance length: [1-5]\.\d\d, mean height: [0-4]\.\d\d", text)
+    assert re.search(r"estimated speed against plain decoding: \d\.\d\d; not drafted: ", text)
     assert "without Intel OpenMP" not in text
 
 
@@ -201,4 +203,5 @@ def test_client_gone_and_metrics(client: openai.OpenAI, server: str) -> None:
     drafted = now["vllm:spec_decode_num_draft_tokens_total"]
     assert 0.2 * drafted < now["vllm:spec_decode_num_accepted_tokens_total"] < drafted
     assert now["vllm:spec_decode_stairs_estimated_gain"] > 0
-    assert now['vllm:spec_decode_stairs_off_total{reason="opt_out"}'] > 0
+    for reason in ("opt_out", "limit"):
+        assert now['vllm:spec_decode_stairs_off_total{reason="%s"}' % reason] > 0  # noqa: UP031

@@ -150,8 +150,10 @@ def test_draft_kv_has_no_holes(tiny: TinyModels, opted_out_first: bool) -> None:
     texts = [continued, text, continued]
     assert token_ids(engine, texts, greedy(30)) == token_ids(plain(tiny.target), texts, greedy(30))
     after = statistics(engine)
-    assert after["accepted_per_position"][0] - before["accepted_per_position"][0] == (
-        after["drafted_per_position"][0] - before["drafted_per_position"][0]
+    assert (
+        after["accepted_per_position"][0] - before["accepted_per_position"][0]
+        == after["drafted_per_position"][0] - before["drafted_per_position"][0]
+        > 0
     )
 
 
@@ -169,6 +171,7 @@ def test_preemption(tiny: TinyModels, draft: str, layout: str) -> None:
     if draft == "target":
         stats = statistics(engine)
         assert stats["accepted_per_position"] == stats["drafted_per_position"]
+        assert all(stats["drafted_per_position"])
 
 
 def test_height_by_batch_size_table(tiny: TinyModels) -> None:

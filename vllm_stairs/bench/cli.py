@@ -95,7 +95,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--policy",
         action="append",
         metavar="POLICY",
-        help="fixed:K, threshold:P[:K], product:P[:K], heuristic[:START[:K]], gain[:K]; "
+        help="fixed:K, threshold:P[:K], product:P[:K], heuristic[:START[:K]], gain[:K], auto[:K]; "
         "repeatable; default: the paper's sweep, fixed:1 to fixed:8 (or the record's height)",
     )
     replay.add_argument(

@@ -37,8 +37,10 @@ SAMPLING = "sampling"
 """A request of the batch asks for what only plain decoding has."""
 AWAY = "draft_away"
 """The dedicated draft is not there, or still busy with what it was asked before."""
-OFF_REASONS = (*REASONS, OPT_OUT, SAMPLING, AWAY)
-"""Why requests did not draft under ``--stairs-height auto``; the last one also without it."""
+GRAMMAR = "grammar"
+"""It drafted, and a grammar refused all of it before the target saw any."""
+OFF_REASONS = (*REASONS, OPT_OUT, SAMPLING, AWAY, GRAMMAR)
+"""Why requests went without a draft under ``--stairs-height auto``; ``draft_away`` also else."""
 
 DEDICATED = ("answers", "ready", "late", "restarts", "wait_seconds", "hand_over_seconds")
 """What is counted of a dedicated draft: questions answered in time; of these, the ones whose drafts
@@ -94,7 +96,7 @@ class Counters:
         self.accepted += np.bincount(num_accepted, minlength=size)
 
     def count_off(self, reasons: Iterable[str | None]) -> None:
-        """Count requests that do not draft in a step, by reason (None: it drafts)."""
+        """Count requests without a draft in a step, by reason (None: it has one)."""
         for reason in reasons:
             if reason is not None:
                 self.off[OFF_REASONS.index(reason)] += 1

@@ -34,7 +34,7 @@ from vllm_stairs.engine.acceptor import StairsRejectionSampler, needs_plain_samp
 from vllm_stairs.engine.decider import HeightDecider
 from vllm_stairs.engine.dedicated import AbsentDrafter, DedicatedDraft
 from vllm_stairs.engine.executor import DRAFTS_FOLLOW
-from vllm_stairs.engine.metrics import AWAY, OPT_OUT, SAMPLING, Counters
+from vllm_stairs.engine.metrics import AWAY, GRAMMAR, OPT_OUT, SAMPLING, Counters
 from vllm_stairs.engine.proposer import DraftBatch, Drafts, StairsProposer, weights_share
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
 from vllm_stairs.height.costs import Median
@@ -220,6 +220,14 @@ class StairsModelRunnerMixin:
             self.num_spec_tokens,
             self.speculative_config.stairs.layout,
         )
+        if self.speculative_config.draft_sample_method == "probabilistic":
+            shape = (self.max_num_reqs, self.num_spec_tokens, self.drafter.target_vocab_size)
+            logger.info(
+                "Stairs: the probabilities of sampled drafts take up to %.1f MiB (%d requests, "
+                "%d drafts, %d ids).",
+                4 * math.prod(shape) / 2**20,
+                *shape,
+            )
 
     # ------------------------------------------------------------------- requests, blocks
 
@@ -623,9 +631,12 @@ class StairsModelRunnerMixin:
             refused = None
             if self._stairs_under_grammar:
                 wanted = [self._stairs_under_grammar.get(req_ids[row], 0) for row in rows]
-                refused = (emitted[rows] - 1 == heights[rows]) & (heights[rows] < wanted)
+                cut = heights[rows] < wanted
                 # The step's budget of tokens, where it was spent, may have cut them as well.
-                refused &= scheduler_output.total_num_scheduled_tokens < self.max_num_tokens
+                cut &= scheduler_output.total_num_scheduled_tokens < self.max_num_tokens
+                refused = cut & (emitted[rows] - 1 == heights[rows])
+                without = int((cut & (heights[rows] == 0)).sum())
+                self.stairs_counters.count_off([GRAMMAR] * without)
                 self._stairs_under_grammar.clear()
             self.stairs_decider.observe(
                 [req_ids[row] for row in rows],

@@ -159,15 +159,9 @@ class RaggedPolicy:
         self._idle_step = 0
         self._pending: Plan | None = None
         self._pending_ms = self._pending_fill_ms = 0.0
-        self._mean_height = 0.0
         self._time = [0.0, 0.0]
 
     # --------------------------------------------------------------------------- figures
-
-    @property
-    def mean_height(self) -> float:
-        """Mean height of the staircases of late, height 0 included."""
-        return self._mean_height
 
     @property
     def gain(self) -> float:
@@ -749,7 +743,6 @@ class RaggedPolicy:
         if target_ms is not None:
             self.target.add(own_rows, target_ms, own_rows > batch)
             self.draft.row_share = self.target.slope
-        self._mean_height += 0.02 * ((own_rows - batch) / batch - self._mean_height)
         if self.target.known:
             self._book(keys, heights, accepted, target_ms)
         self._pending = None

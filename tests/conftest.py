@@ -14,12 +14,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers that have ended their work spend seconds on tidying up, until vLLM loses patience.
 os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
+import hypothesis
 import pytest
 
 from tests.memory import free_engines
 from tests.tiny import TinyModels
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -688,10 +688,12 @@ def test_draft_passes() -> None:
 def test_a_draft_that_is_off_gets_faster_with_the_machine() -> None:
     """It may be off because it was slow, and is not measured then."""
     cost = DraftCost(0.25)
+    cost.pace = 60.0
     for _ in range(40):
         cost.add(1, 2, 100, 60.0, 15.0 + 30.0, 24.0)
         cost.add(1, 2, 0, 60.0, 15.0, 24.0)
     for plain_ms in (60.0, 40.0):
+        cost.pace = plain_ms
         assert cost.first(1, plain_ms) == pytest.approx(plain_ms / 4, rel=0.05)
         assert cost.next(1, plain_ms) == pytest.approx(plain_ms / 5, rel=0.05)
         assert cost.fill(100, plain_ms) == pytest.approx(plain_ms / 2, rel=0.05)
@@ -699,6 +701,21 @@ def test_a_draft_that_is_off_gets_faster_with_the_machine() -> None:
     for _ in range(20):
         cost.add(1, 2, 0, 40.0, 15.0, 24.0)
     assert cost.first(1, 40.0) == pytest.approx(15.0, rel=0.05)
+
+
+def test_another_batch_size_is_no_other_machine() -> None:
+    """What one row costs was a guess while eight were done; the draft's cost was none."""
+    machine = Machine(target=old_cpu, draft=15.0, speculating=3.0, per_token=0.5)
+    policy = RaggedPolicy(4)
+    world = World(lambda _: constant(0.7), batch=8, length=96, machine=machine)
+    world.run(policy, 300)
+    policy.forget(range(1000))
+    before = policy.draft.first(1, policy.target.unit)
+    for _ in range(30):
+        policy.plan(["x"], [0])
+        policy.observe(["x"], [0], [0], old_cpu(1), 1)
+    assert policy.target.unit == pytest.approx(old_cpu(1), rel=0.05)
+    assert policy.draft.first(1, policy.target.unit) == pytest.approx(before, rel=0.05)
 
 
 def test_lines_are_not_drawn_anew_in_every_step_of_one_size() -> None:

@@ -452,30 +452,31 @@ class DraftCost:
 
     Attributes:
         row_share: assumed cost of reading one more token, relative to a pass, until measured.
+        pace: what the machine's speed is told by, milliseconds; only its changes matter. A draft
+            that is off is not measured, and it may be off just because the machine was slow.
     """
 
     def __init__(self, share: float, window: int = 31) -> None:
         self._share = share
         self.row_share = 0.02
+        self.pace = 0.0
         self._first = _Sizes(window)
         self._next = _Sizes(window)
         self._level = _Level()
-        # Milliseconds of a plain step of one row when the draft was last measured.
-        self._plain_ms = 0.0
+        # The pace when the draft was last measured.
+        self._paced = 0.0
         self._first_line = self._next_line = Line([(1.0, 1.0, 1.0)], 0.01)
         self._per_token = Median(9)
         self._steps = self._stale = 0
 
     def scale(self, plain_ms: float) -> float:
         """Milliseconds that the relative costs are relative to."""
-        return self._level.value * self._since(plain_ms) if self._level else self._share * plain_ms
+        return self._level.value * self._slower if self._level else self._share * plain_ms
 
-    def _since(self, plain_ms: float) -> float:
-        """By what the machine is slower than when the draft was last measured, as plain steps say.
-
-        A draft that is off is not measured, and it may be off just because the machine was slow.
-        """
-        return plain_ms / self._plain_ms if self._plain_ms else 1.0
+    @property
+    def _slower(self) -> float:
+        """By what the machine is slower than when the draft was last measured."""
+        return self.pace / self._paced if self._paced else 1.0
 
     def first(self, requests: int, plain_ms: float) -> float:
         """Milliseconds of the first pass; ``plain_ms``: a plain step of one row."""
@@ -496,7 +497,7 @@ class DraftCost:
     def _filling(self, plain_ms: float) -> float:
         """Milliseconds per token: as measured, else what a row costs the target, scaled down."""
         if self._per_token:
-            return self._per_token.value * self._since(plain_ms)
+            return self._per_token.value * self._slower
         return self.row_share * self.scale(plain_ms)
 
     def add(
@@ -520,11 +521,11 @@ class DraftCost:
             next_ms: milliseconds of these together.
             later_requests: mean number of requests in these.
         """
-        slower = self._since(plain_ms)
+        slower = self._slower
         if slower != 1.0:
             self._level.scale(slower)
             self._per_token.scale(slower)
-        self._plain_ms = plain_ms
+        self._paced = self.pace
         if next_ms is None:
             # One figure for all: what the first pass is known to cost more stays with it.
             first = self.first(requests, plain_ms)

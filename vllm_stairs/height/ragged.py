@@ -743,6 +743,7 @@ class RaggedPolicy:
         if target_ms is not None:
             self.target.add(own_rows, target_ms, own_rows > batch)
             self.draft.row_share = self.target.slope
+            self.draft.pace = self.target.level
         if self.target.known:
             self._book(keys, heights, accepted, target_ms)
         self._pending = None

@@ -69,10 +69,13 @@ def server(starting: tuple["subprocess.Popen[bytes]", str, Path], plain: LLM) ->
     process, url, log_path = starting
     wait_until_healthy(process, url, log_path)
     yield url
-    text = log_path.read_text()
+    line = r"estimated speed against plain decoding: \d+\.\d\d; not drafted: "
+    deadline = time.monotonic() + 30  # Once a second, see `launch`.
+    while not re.search(line, text := log_path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.5)
     assert re.search(r"draft \S+ costs [\d.]+ MiB of weights .* and [\d.]+ of [\d.]+ KiB", text)
     assert re.search(r"mean acceptance length: [1-5]\.\d\d, mean height: [0-4]\.\d\d", text)
-    assert re.search(r"estimated speed against plain decoding: \d\.\d\d; not drafted: ", text)
+    assert re.search(line, text)
     assert "without Intel OpenMP" not in text
 
 

@@ -38,6 +38,7 @@ def test_one_rank_decides_heights_for_both(tiny: TinyModels) -> None:
     assert 0 < parallel["cut_contexts"] < 3
     # The same dice in one process: the same drafts are kept, of the same ones.
     alone = stairs(tiny.target, tiny.target, height=4, stairs_height="auto")
+    alone.reset_prefix_cache()
     wild(alone, seed=11)
     before = statistics(alone)
     token_ids(alone, texts, greedy(40))

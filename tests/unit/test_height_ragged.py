@@ -1,5 +1,6 @@
 """The ragged height policy on synthetic texts, drafts and machines: no model, a simulated clock."""
 
+import copy
 import itertools
 import random
 import statistics
@@ -688,12 +689,12 @@ def test_draft_passes() -> None:
 def test_a_draft_that_is_off_gets_faster_with_the_machine() -> None:
     """It may be off because it was slow, and is not measured then."""
     cost = DraftCost(0.25)
-    cost.pace = 60.0
     for _ in range(40):
         cost.add(1, 2, 100, 60.0, 15.0 + 30.0, 24.0)
         cost.add(1, 2, 0, 60.0, 15.0, 24.0)
     for plain_ms in (60.0, 40.0):
-        cost.pace = plain_ms
+        for _ in range(20):
+            cost.follow(plain_ms)
         assert cost.first(1, plain_ms) == pytest.approx(plain_ms / 4, rel=0.05)
         assert cost.next(1, plain_ms) == pytest.approx(plain_ms / 5, rel=0.05)
         assert cost.fill(100, plain_ms) == pytest.approx(plain_ms / 2, rel=0.05)
@@ -701,6 +702,16 @@ def test_a_draft_that_is_off_gets_faster_with_the_machine() -> None:
     for _ in range(20):
         cost.add(1, 2, 0, 40.0, 15.0, 24.0)
     assert cost.first(1, 40.0) == pytest.approx(15.0, rel=0.05)
+
+
+def test_what_speculating_steps_were_taken_for_is_no_other_machine() -> None:
+    """Over long texts they are longer, which is in the level until plain ones take their place."""
+    cost = DraftCost(0.25)
+    for _ in range(40):
+        cost.add(1, 0, 0, 60.0, 15.0, 0.0)
+    for level in [78.0] * 7 + [60.0] * 40:
+        cost.follow(level)
+    assert cost.first(1, 60.0) == pytest.approx(15.0, rel=0.05)
 
 
 def test_another_batch_size_is_no_other_machine() -> None:
@@ -861,6 +872,24 @@ def test_a_single_probe_is_news_at_once(step: int) -> None:
     gain.observe("x", 1, 0)
     gain.learned()
     assert gain.rates[0] < hoped
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_the_last_of_a_series_of_probes_is_news_too(count: int) -> None:
+    gain = Gain(1)
+    for request in range(100):
+        teach(gain, request, [(1, 1)])
+    for _ in range(40):
+        gain.tick()
+    gain.doubt(8.0)
+    rates = []
+    for last in (1, 0):
+        other = copy.deepcopy(gain)
+        teach(other, "x", [(1, 1)] * (count - 1) + [(1, last)])
+        for _ in range(5):
+            other.tick()
+        rates.append(other.rates[0])
+    assert rates[0] > rates[1]
 
 
 def test_doubt_is_about_confidence_too() -> None:

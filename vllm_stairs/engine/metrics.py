@@ -54,8 +54,8 @@ class Counters:
 
     Args:
         values: ``[num_values(K)]``, float64, zero at the start: steps, seconds per phase,
-            staircases by height, staircases by accepted drafts, times that a request did not
-            draft by reason, estimated gain, decisions to read the end of a text only,
+            staircases by height, staircases by accepted drafts, times that a request went
+            without a draft by reason, estimated gain, decisions to read the end of a text only,
             :data:`DEDICATED`.
         max_height: K.
     """
@@ -279,7 +279,7 @@ class _StairsCollector:
         )
         off = CounterMetricFamily(
             "vllm:spec_decode_stairs_off",
-            "Steps in which a request did not draft, by the height policy's reason.",
+            "Steps in which a request went without a draft, by the reason.",
             labels=["model_name", "engine", "reason"],
         )
         cut = CounterMetricFamily(

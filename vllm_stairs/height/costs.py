@@ -384,7 +384,7 @@ class TargetCost:
         self._stale += 1
         self.unit = self(1)
         # Medians move little once there are many samples: the lines need not follow each.
-        if self._stale >= 4 or self._steps < 64:
+        if self._stale >= 4 or self._steps < 64 or sizes.count(rows) < _SETTLED:
             self._draw()
 
     def add_prompt(self, rows: int, ms: float) -> None:
@@ -452,19 +452,18 @@ class DraftCost:
 
     Attributes:
         row_share: assumed cost of reading one more token, relative to a pass, until measured.
-        pace: what the machine's speed is told by, milliseconds; only its changes matter. A draft
-            that is off is not measured, and it may be off just because the machine was slow.
     """
 
     def __init__(self, share: float, window: int = 31) -> None:
         self._share = share
         self.row_share = 0.02
-        self.pace = 0.0
         self._first = _Sizes(window)
         self._next = _Sizes(window)
         self._level = _Level()
-        # The pace when the draft was last measured.
-        self._paced = 0.0
+        # Plain steps since the draft was measured; by what the machine has become slower in them.
+        self._plain_steps, self._slower = 0, 1.0
+        # The level of the target's steps once it rested on these alone.
+        self._pace = 1.0
         self._first_line = self._next_line = Line([(1.0, 1.0, 1.0)], 0.01)
         self._per_token = Median(9)
         self._steps = self._stale = 0
@@ -473,10 +472,18 @@ class DraftCost:
         """Milliseconds that the relative costs are relative to."""
         return self._level.value * self._slower if self._level else self._share * plain_ms
 
-    @property
-    def _slower(self) -> float:
-        """By what the machine is slower than when the draft was last measured."""
-        return self.pace / self._paced if self._paced else 1.0
+    def follow(self, level: float) -> None:
+        """A plain step was done: the draft is off, perhaps just because the machine was slow.
+
+        Args:
+            level: milliseconds, of the target's steps; only its changes matter.
+        """
+        self._plain_steps += 1
+        # Before, speculating steps are in it: what changes may be what these were taken to cost.
+        if self._plain_steps == _LEVEL_WINDOW:
+            self._pace = level
+        elif self._plain_steps > _LEVEL_WINDOW:
+            self._slower = level / self._pace
 
     def first(self, requests: int, plain_ms: float) -> float:
         """Milliseconds of the first pass; ``plain_ms``: a plain step of one row."""
@@ -521,11 +528,10 @@ class DraftCost:
             next_ms: milliseconds of these together.
             later_requests: mean number of requests in these.
         """
-        slower = self._slower
-        if slower != 1.0:
-            self._level.scale(slower)
-            self._per_token.scale(slower)
-        self._paced = self.pace
+        if self._slower != 1.0:
+            self._level.scale(self._slower)
+            self._per_token.scale(self._slower)
+        self._plain_steps, self._slower = 0, 1.0
         if next_ms is None:
             # One figure for all: what the first pass is known to cost more stays with it.
             first = self.first(requests, plain_ms)
@@ -554,7 +560,8 @@ class DraftCost:
             expected = self._next_line(later_requests)
             self._sample(self._next, round(later_requests), next_ms / later, expected, counted)
         self._steps += 1
-        if self._stale >= 4 or self._steps < 64:
+        is_new = self._first.count(requests) < _SETTLED
+        if self._stale >= 4 or self._steps < 64 or is_new:
             self._draw()
 
     def _sample(

@@ -142,6 +142,8 @@ class Gain:
         self._spread = [0.8, 4.0]
         # The step of now, and of the last estimates that took in what was new.
         self._step = self._estimated = 0
+        # Whether there is something that they have not taken in.
+        self._news = False
         self.evidence = 0.0
         self.rates: list[float] = []
         self._bold: list[float] = []
@@ -221,6 +223,8 @@ class Gain:
     def tick(self) -> None:
         """A step begins."""
         self._step += 1
+        if self._news and self._step - self._estimated > _ESTIMATE_EVERY:
+            self._take_in()
 
     def observe(
         self,
@@ -313,10 +317,15 @@ class Gain:
             rate.absorb(self._cap)
         self._touched.clear()
         self._weaken_confident(self._cap)
+        self._news = True
         # With much evidence the estimates move little in a step.
         if self.evidence < 64 or self._step - self._estimated >= _ESTIMATE_EVERY:
-            self._estimated = self._step
-            self._estimate()
+            self._take_in()
+
+    def _take_in(self) -> None:
+        self._news = False
+        self._estimated = self._step
+        self._estimate()
 
     def _weaken_confident(self, cap: float) -> None:
         if self._confident.trials > cap:

@@ -743,7 +743,8 @@ class RaggedPolicy:
         if target_ms is not None:
             self.target.add(own_rows, target_ms, own_rows > batch)
             self.draft.row_share = self.target.slope
-            self.draft.pace = self.target.level
+            if own_rows == batch:
+                self.draft.follow(self.target.level)
         if self.target.known:
             self._book(keys, heights, accepted, target_ms)
         self._pending = None
@@ -782,8 +783,10 @@ class RaggedPolicy:
             cold = self.gains.evidence < _COLD
             promising = cold or 0 < tried <= 2 * held
             if not self._could:
-                # Of costs alone the clock has to say so, for what is not paid but once.
-                promising = won + self.draft.fill(plan.filled, self.target.unit) / plain > 0.0
+                # A probe of costs alone: whether its step, without the reading of missing text
+                # that is done once, was faster than a plain one.
+                reading = min(self.draft.fill(plan.filled, self.target.unit), self._pending_ms)
+                promising = tried > 0 and won + reading / plain > 0.0
             self.prober.made(won, promising)
             return
         self.account.book(won)

@@ -59,7 +59,7 @@ class Prober:
         Args:
             known: whether the draft has ever run.
             useful: whether a better draft would pay. Else the costs that say so are looked at
-                again after a long time: they may be stale.
+                again after a long time, for they may be stale; a series that has begun goes on.
             close: whether drafting would nearly pay: then other requests may well be worth it.
             patience: steps after which costs are looked at again that no draft would pay for; more
                 if the wait for a probe is longer.

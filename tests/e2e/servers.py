@@ -24,8 +24,11 @@ def launch(log_path: Path, *arguments: str | Path) -> tuple["subprocess.Popen[by
         port = probe.getsockname()[1]
     not_the_users = ("OMP_NUM_THREADS", "LD_PRELOAD", "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS")
     env = {k: v for k, v in os.environ.items() if k not in not_the_users}
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    env["VLLM_LOG_STATS_INTERVAL"] = "1"
+    env |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOG_STATS_INTERVAL": "1",
+    }
     command = [Path(sys.executable).parent / "vllm", "serve", *arguments]
     with log_path.open("wb") as log:
         process = subprocess.Popen(

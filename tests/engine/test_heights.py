@@ -273,10 +273,12 @@ def test_auto_gives_up_on_a_bad_draft_and_says_why(tiny: TinyModels, draft: str)
     staircases = after["staircases"] - before["staircases"]
     if draft == "random":
         assert off > 0.6 * staircases
+        assert after["off"]["weak_draft"] + after["off"]["load"] > 0
         reasons = ("weak_draft", "load", "paused")
         assert sum(after["off"][why] - before["off"][why] for why in reasons) > 0.5 * off
         # The last token of a text needs no draft.
         assert after["off"]["limit"] - before["off"]["limit"] > 12
+    assert after["estimated_gain"] > 0
     assert after["estimated_gain"] != 1.0, "that is what it starts at"
 
 

@@ -23,18 +23,25 @@ def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path) -> None:
 
 
 def test_one_rank_decides_heights_for_both(tiny: TinyModels) -> None:
-    """Heights from dice on one rank: the other verifies the same staircases (the helper looks).
+    """Heights from dice on one rank: the other verifies the same staircases (the helper looks)."""
+    texts = prompts(5, seed=51)
+    outputs, counted = tensor_parallel_2(
+        tiny.target, tiny.target, texts, [[4] * 5], max_tokens=40, dice=7, stairs_height="auto"
+    )
+    assert outputs == [[samples[0] for samples in token_ids(plain(tiny.target), texts, greedy(40))]]
+    assert all(counted["heights"])
+    # The target's own drafts: nothing is refused, whatever was left out before.
+    assert counted["accepted_per_position"] == counted["drafted_per_position"]
 
-    Of long texts dice have the end read only, now and then: were it not the same on both ranks,
-    their halves of the draft's KV cache would not fit each other.
-    """
+
+def test_both_ranks_read_the_end_of_the_same_texts(tiny: TinyModels) -> None:
+    """Else their halves of the draft's KV cache would not fit each other."""
     draws = random.Random(52)
     texts = [*prompts(5, seed=51), *(" ".join(draws.choices(WORDS[3:], k=200)) for _ in range(3))]
     outputs, parallel = tensor_parallel_2(
         tiny.target, tiny.target, texts, [[4] * 8], max_tokens=40, dice=11, stairs_height="auto"
     )
     assert outputs == [[samples[0] for samples in token_ids(plain(tiny.target), texts, greedy(40))]]
-    assert all(parallel["heights"])
     assert 0 < parallel["cut_contexts"] < 3
     # The same dice in one process: the same drafts are kept, of the same ones.
     alone = stairs(tiny.target, tiny.target, height=4, stairs_height="auto")

@@ -364,7 +364,8 @@ class TargetCost:
         if not speculating:
             usual = expected * self._level.value if self._level else ms
             self.surprised = not usual < _NEWS * ms < _NEWS * _NEWS * usual
-        compared = sizes.count(rows) >= _SETTLED and self.stretch.compares(speculating)
+        seen = sizes.count(rows)
+        compared = seen >= _SETTLED and self.stretch.compares(speculating)
         # Where texts of this length are new, what differs is the stretch, not the shape.
         tells_shape = not (compared and self.stretch.is_new)
         if compared:
@@ -374,7 +375,7 @@ class TargetCost:
             if not speculating:
                 # Speculating steps, of which it was made, are now known to be longer than that.
                 self._level.scale(before / self.stretch.value)
-        if sizes.count(rows) >= 2 or (rows == self._anchor and not speculating) or not self._level:
+        if seen >= 2 or (rows == self._anchor and not speculating) or not self._level:
             self._level.add(ms / expected)
         self.stretch.note(speculating)
         if tells_shape:

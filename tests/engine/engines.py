@@ -6,6 +6,7 @@ compares token ids.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -108,8 +109,10 @@ def write_in_parallel(llm: LLM, job: dict[str, Any]) -> list[Any]:
     if job["dice"] is not None:
         llm.collective_rpc(roll, args=(job["dice"],))
     written = []
-    for heights in job["heights"]:
+    for heights, seeds in itertools.zip_longest(job["heights"], job["seeds"]):
         params = [greedy(job["max_tokens"], extra_args={"stairs_max_height": h}) for h in heights]
+        if seeds is not None:
+            params = [sampled(job["max_tokens"], seed) for seed in seeds]
         written.append([samples[0] for samples in token_ids(llm, job["prompts"], params)])
     return [written, llm.collective_rpc("stairs_statistics")]
 
@@ -144,11 +147,12 @@ def tensor_parallel_2(
     heights: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    seeds: Sequence[Sequence[int | None]] = (),
     folder: Path | None = None,
     dice: int | None = None,
     **options: Any,
 ) -> tuple[list[list[list[int]]], dict[str, Any]]:
-    """Write greedily with stairs (K = 4) in an engine of its own with two worker processes.
+    """Write with stairs (K = 4) in an engine of its own with two worker processes.
 
     Args:
         model: the target.
@@ -156,10 +160,12 @@ def tensor_parallel_2(
         prompts: texts.
         heights: of each batch, the greatest height of each prompt.
         max_tokens: of each answer.
+        seeds: of the first batches, the seed of each prompt, or None for the engine's generator;
+            these batches are sampled, at any height up to K, and the others greedy.
         folder: for the script of an engine that is a process of its own, as users have it; None:
             only the workers are, which has two processes fewer to start.
         dice: the seed of a policy that decides at random, on the rank that decides.
-        options: ``stairs_*``.
+        options: ``stairs_*`` and other keys of the method.
 
     Returns:
         Token ids per batch and prompt, and the counters of the method, which are the same on
@@ -183,6 +189,7 @@ def tensor_parallel_2(
         "prompts": prompts,
         "heights": heights,
         "max_tokens": max_tokens,
+        "seeds": seeds,
         "dice": dice,
     }
     if folder is None:
@@ -240,3 +247,8 @@ def greedy(max_tokens: int = 40, **kwargs: Any) -> SamplingParams:
     """Greedy parameters that do not stop early unless asked to."""
     kwargs.setdefault("ignore_eos", True)
     return SamplingParams(temperature=0, max_tokens=max_tokens, **kwargs)
+
+
+def sampled(max_tokens: int, seed: int | None) -> SamplingParams:
+    """Parameters of one sampled text; a seed of None: drawn by the engine's own generator."""
+    return SamplingParams(temperature=0.8, max_tokens=max_tokens, ignore_eos=True, seed=seed)

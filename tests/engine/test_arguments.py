@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.tiny import TinyModels, copy_model
 from vllm_stairs.engine.speculative import StairsSpeculativeConfig
+
+KV_TRANSFER = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 
 
 def build(target: Path, config: dict[str, Any], **kwargs: Any) -> Any:
@@ -165,12 +169,54 @@ def test_other_keys(tiny: TinyModels, config: dict[str, Any], expected: str) -> 
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"logits_processors": ["a.B"]}, "--logits-processors"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-par"),
+        ({"kv_transfer_config": KV_TRANSFER}, "--kv-transfer-config"),
+        ({"runner": "pooling"}, "a target that generates text"),
     ],
 )
 def test_engines_that_cannot_have_stairs(
     tiny: TinyModels, kwargs: dict[str, Any], expected: str
 ) -> None:
     assert expected.lower() in error(tiny.target, {"model": str(tiny.noisy)}, **kwargs).lower()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.WhisperConfig(), "see vllm_stairs.hf"),
+        (transformers.Qwen2AudioConfig(), "--language-model-only"),
+        (transformers.JambaConfig(), "has recurrent layers"),
+        pytest.param(
+            transformers.MambaConfig(), "has recurrent layers", marks=pytest.mark.full, id="mamba"
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_targets_that_cannot_have_stairs(
+    tiny: TinyModels, tmp_path: Path, config: transformers.PretrainedConfig, expected: str
+) -> None:
+    architectures = {
+        "whisper": "WhisperForConditionalGeneration",
+        "qwen2_audio": "Qwen2AudioForConditionalGeneration",
+        "jamba": "JambaForCausalLM",
+        "mamba": "MambaForCausalLM",
+    }
+    target = copy_model(tiny.target, tmp_path / config.model_type)
+    config.architectures = [architectures[config.model_type]]
+    config.save_pretrained(target)
+    assert expected in error(target, {"model": str(tiny.noisy)}, trust_remote_code=False)
+
+
+def test_installed_logits_processors(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM runs what a package names under this entry point, for every request."""
+    folder = tmp_path / "processing-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: processing\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[vllm.logits_processors]\nbans = processing:Bans\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "vllm.logits_processors" in error(tiny.target, {"model": str(tiny.noisy)})
 
 
 def test_v2_runner_forced(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

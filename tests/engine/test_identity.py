@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from tests.engine.engines import (
@@ -17,7 +18,7 @@ from tests.engine.engines import (
     statistics,
     token_ids,
 )
-from tests.tiny import WORDS, TinyModels
+from tests.tiny import WORDS, TinyModels, copy_model
 
 DRAFTS = ["target", "random", "cut", "noisy"]
 LAYOUTS = ["packed", "expanded"]
@@ -211,6 +212,66 @@ def test_draft_of_another_tokenizer(tiny: TinyModels) -> None:
     texts = prompts(5, seed=60)
     assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
     assert statistics(engine)["drafted_per_position"][0] > 0
+
+
+def test_prompts_as_embeddings(tiny: TinyModels) -> None:
+    """Of whole prompts and of parts; they are served without drafts, others beside them with."""
+    engine = stairs(tiny.target, tiny.target, enable_prompt_embeds=True)
+    table = load_file(tiny.target / "model.safetensors")["model.embed_tokens.weight"]
+    texts = prompts(4, seed=63)
+    expected = token_ids(plain(tiny.target), texts, greedy())
+    ids = [engine.get_tokenizer()(text)["input_ids"] for text in texts]
+    whole = [{"prompt_embeds": table[row]} for row in ids]
+    in_part = []
+    for row in ids:
+        is_id = [place % 3 > 0 for place in range(len(row))]
+        in_part.append(
+            {
+                "prompt_embeds": table[row],
+                "prompt_token_ids": [i if kept else 0 for i, kept in zip(row, is_id, strict=True)],
+                "prompt_is_token_ids": is_id,
+            }
+        )
+    for embedded in (whole, in_part):
+        before = statistics(engine)["drafted_per_position"]
+        assert token_ids(engine, embedded, greedy()) == expected
+        assert statistics(engine)["drafted_per_position"] == before
+        mixture = [whole[0], texts[1], in_part[2], texts[3]]
+        assert token_ids(engine, mixture, greedy()) == expected
+        assert statistics(engine)["drafted_per_position"][0] > before[0]
+    counted = statistics(engine)
+    # The target's own drafts, of texts that it has read: none is refused.
+    assert counted["accepted_per_position"] == counted["drafted_per_position"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("target_window", "draft_window"), [(None, 32), (32, None), (32, 32)])
+def test_sliding_windows(
+    tiny: TinyModels,
+    tmp_path_factory: pytest.TempPathFactory,
+    target_window: int | None,
+    draft_window: int | None,
+    layout: str,
+) -> None:
+    """Texts are several windows long: vLLM gives blocks that left the window to others."""
+    target, draft = (
+        copy_model(
+            tiny.target,
+            tmp_path_factory.mktemp(name) / name,
+            architectures=["MistralForCausalLM"],
+            model_type="mistral",
+            sliding_window=window,
+        )
+        for name, window in (("target", target_window), ("draft", draft_window))
+    )
+    texts = prompts(5, seed=64, longest=120)
+    engine = stairs(target, draft, height=3, stairs_layout=layout)
+    expected = token_ids(plain(target), texts, greedy(80))
+    without = token_ids(plain(tiny.target), texts, greedy(80))
+    assert (expected == without) == (target_window is None), "the window matters"
+    assert token_ids(engine, texts, greedy(80)) == expected
+    assert statistics(engine)["accepted_per_position"][0] > 0
+    assert token_ids(engine, texts, greedy(80)) == expected  # With what the first time has left.
 
 
 def test_record(tiny: TinyModels, tmp_path: Path) -> None:

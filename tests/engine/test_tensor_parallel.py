@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.engine.engines import greedy, plain, stairs, statistics, tensor_parallel_2, token_ids
+from tests.engine.engines import (
+    greedy,
+    plain,
+    sampled,
+    stairs,
+    statistics,
+    tensor_parallel_2,
+    token_ids,
+)
 from tests.engine.test_heights import wild
 from tests.engine.test_identity import prompts
 from tests.tiny import WORDS, TinyModels
@@ -52,3 +60,23 @@ def test_both_ranks_read_the_end_of_the_same_texts(tiny: TinyModels) -> None:
     after = statistics(alone)
     for name in ("heights", "drafted_per_position", "accepted_per_position", "cut_contexts"):
         assert np.subtract(after[name], before[name]).tolist() == parallel[name]
+
+
+def test_both_ranks_draw_the_same(tiny: TinyModels) -> None:
+    """Drafts and outputs are drawn on each rank, and only one rank's outputs are returned."""
+    texts = prompts(5, seed=53)
+    seeds = list(range(5))
+    options = {"stairs_height": "auto", "draft_sample_method": "probabilistic"}
+    # The helper sees to it that both ranks have accepted the same numbers of drafts.
+    (seeded, unseeded), counted = tensor_parallel_2(
+        tiny.target, tiny.noisy, texts, [[4] * 5] * 2,
+        max_tokens=40, seeds=[seeds, [None] * 5], dice=13, **options,
+    )  # fmt: skip
+    assert all(len(set(text)) > 5 for text in unseeded)
+    assert 0 < counted["accepted_per_position"][0] < counted["drafted_per_position"][0]
+    # One process with the same dice draws the same from the same seeds.
+    alone = stairs(tiny.target, tiny.noisy, height=4, **options)
+    alone.reset_prefix_cache()
+    wild(alone, seed=13)
+    params = [sampled(40, seed) for seed in seeds]
+    assert seeded == [samples[0] for samples in token_ids(alone, texts, params)]

@@ -696,8 +696,9 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
         max_tokens=num_prompt_tokens + params.max_tokens,
         # As vLLM's `check_stop` has it; `ignore_eos` leaves those that were asked for.
         stop_token_ids=frozenset({*(params.stop_token_ids or ()), params.eos_token_id} - {None}),
-        # The draft cannot read a prompt of embeddings.
-        draftable=prompt is not None,
+        # The draft cannot read embeddings, of the whole prompt or (then with ids that stand in
+        # their places) of parts of it.
+        draftable=prompt is not None and request.prompt_embeds is None,
         has_grammar=params.structured_outputs is not None,
     )
 

@@ -6,7 +6,6 @@ compares token ids.
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import subprocess
@@ -105,12 +104,14 @@ if __name__ == "__main__":
 """
 
 
-def be_patient(_worker: Any) -> None:
-    """Let a worker that is a process of its own wait long for a dedicated draft.
+def long_patience_ms(*_: Any) -> float:
+    """For a dedicated draft: late on a busy machine it only costs drafts, but tests count them."""
+    return 20_000.0
 
-    On a busy machine a draft may be late, which only costs drafts. Tests count them.
-    """
-    runner_module.fixed_patience_ms = lambda *_: 20_000.0
+
+def be_patient(_worker: Any) -> None:
+    """Let a worker that is a process of its own wait long for a dedicated draft."""
+    runner_module.fixed_patience_ms = long_patience_ms
 
 
 def write_in_parallel(llm: LLM, job: dict[str, Any]) -> list[Any]:
@@ -118,12 +119,13 @@ def write_in_parallel(llm: LLM, job: dict[str, Any]) -> list[Any]:
     llm.collective_rpc(be_patient)
     if job["dice"] is not None:
         llm.collective_rpc(roll, args=(job["dice"],))
-    written = []
-    for heights, seeds in itertools.zip_longest(job["heights"], job["seeds"]):
-        params = [greedy(job["max_tokens"], extra_args={"stairs_max_height": h}) for h in heights]
-        if seeds is not None:
-            params = [sampled(job["max_tokens"], seed) for seed in seeds]
-        written.append([samples[0] for samples in token_ids(llm, job["prompts"], params)])
+    length = job["max_tokens"]
+    batches = [[sampled(length, seed) for seed in seeds] for seeds in job["seeds"]]
+    for heights in job["heights"]:
+        batches.append([greedy(length, extra_args={"stairs_max_height": h}) for h in heights])
+    written = [
+        [samples[0] for samples in token_ids(llm, job["prompts"], params)] for params in batches
+    ]
     return [written, llm.collective_rpc("stairs_statistics")]
 
 
@@ -168,10 +170,10 @@ def tensor_parallel_2(
         model: the target.
         draft: the draft.
         prompts: texts.
-        heights: of each batch, the greatest height of each prompt.
+        heights: of each greedy batch, the greatest height of each prompt.
         max_tokens: of each answer.
-        seeds: of the first batches, the seed of each prompt, or None for the engine's generator;
-            these batches are sampled, at any height up to K, and the others greedy.
+        seeds: of each sampled batch, the seed of each prompt, or None for the engine's generator;
+            these batches come before the greedy ones, at any height up to K.
         folder: for the script of an engine that is a process of its own, as users have it; None:
             only the workers are, which has two processes fewer to start.
         dice: the seed of a policy that decides at random, on the rank that decides.

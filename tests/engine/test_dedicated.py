@@ -15,6 +15,7 @@ from tests.engine.engines import (
     counting_preemptions,
     greedy,
     kv_usage,
+    long_patience_ms,
     plain,
     stairs,
     statistics,
@@ -30,8 +31,8 @@ from vllm_stairs.height.ragged import RaggedPolicy
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine a draft may be late, which only costs drafts. Here they are counted."""
-    monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 20_000.0)
+    """Here drafts are counted."""
+    monkeypatch.setattr(runner_module, "fixed_patience_ms", long_patience_ms)
 
 
 def until(happened: Callable[[], Any], seconds: float = 240) -> None:
@@ -176,7 +177,7 @@ def test_a_draft_that_is_late(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch)
     assert since["dedicated"]["late"] > 0
     until(runner_of(engine).stairs_dedicated.is_free)
     since = Since(engine)
-    monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 20_000.0)
+    monkeypatch.setattr(runner_module, "fixed_patience_ms", long_patience_ms)
     assert token_ids(engine, texts, greedy()) == token_ids(reference, texts, greedy())
     assert since["dedicated"]["late"] == 0
     assert since["accepted_per_position"] == since["drafted_per_position"]
@@ -226,7 +227,7 @@ def test_heights_from_dice(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) ->
     decider = runner_of(engine).stairs_decider
     dice = Dice(4, seed=5)
     monkeypatch.setattr(decider, "policy", dice)
-    monkeypatch.setattr(decider, "patience_ms", lambda: 20_000.0)
+    monkeypatch.setattr(decider, "patience_ms", long_patience_ms)
     texts = prompts(6, seed=95)
     since = Since(engine)
     assert token_ids(engine, texts, greedy(100)) == token_ids(

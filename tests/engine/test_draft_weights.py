@@ -10,7 +10,15 @@ from vllm import LLM
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from tests.engine.engines import greedy, plain, stairs, statistics, tensor_parallel_2, token_ids
+from tests.engine.engines import (
+    greedy,
+    long_patience_ms,
+    plain,
+    stairs,
+    statistics,
+    tensor_parallel_2,
+    token_ids,
+)
 from tests.engine.test_arguments import error
 from tests.engine.test_dedicated import dedicated
 from tests.engine.test_distribution import exact_distribution, p_value, sample
@@ -175,7 +183,7 @@ def test_errors(tiny: TinyModels) -> None:
 
 @pytest.mark.full
 def test_a_dedicated_draft_in_bfloat16(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "fixed_patience_ms", lambda *_: 20_000.0)
+    monkeypatch.setattr(runner_module, "fixed_patience_ms", long_patience_ms)
     engine = dedicated(tiny.target, tiny.noisy, stairs_draft_weights="bfloat16")
     colocated = stairs(tiny.target, tiny.noisy, stairs_draft_weights="bfloat16")
     texts = prompts(4, seed=75)

@@ -236,9 +236,9 @@ def test_prompts_as_embeddings(tiny: TinyModels) -> None:
         before = statistics(engine)["drafted_per_position"]
         assert token_ids(engine, embedded, greedy()) == expected
         assert statistics(engine)["drafted_per_position"] == before
-        mixture = [whole[0], texts[1], in_part[2], texts[3]]
-        assert token_ids(engine, mixture, greedy()) == expected
-        assert statistics(engine)["drafted_per_position"][0] > before[0]
+    mixture = [whole[0], texts[1], in_part[2], texts[3]]
+    assert token_ids(engine, mixture, greedy()) == expected
+    assert statistics(engine)["drafted_per_position"][0] > before[0]
     counted = statistics(engine)
     # The target's own drafts, of texts that it has read: none is refused.
     assert counted["accepted_per_position"] == counted["drafted_per_position"]
@@ -248,7 +248,7 @@ def test_prompts_as_embeddings(tiny: TinyModels) -> None:
 @pytest.mark.parametrize(("target_window", "draft_window"), [(None, 32), (32, None), (32, 32)])
 def test_sliding_windows(
     tiny: TinyModels,
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
     target_window: int | None,
     draft_window: int | None,
     layout: str,
@@ -257,7 +257,7 @@ def test_sliding_windows(
     target, draft = (
         copy_model(
             tiny.target,
-            tmp_path_factory.mktemp(name) / name,
+            tmp_path / name,
             architectures=["MistralForCausalLM"],
             model_type="mistral",
             sliding_window=window,

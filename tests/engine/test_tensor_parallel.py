@@ -69,7 +69,7 @@ def test_both_ranks_draw_the_same(tiny: TinyModels) -> None:
     options = {"stairs_height": "auto", "draft_sample_method": "probabilistic"}
     # The helper sees to it that both ranks have accepted the same numbers of drafts.
     (seeded, unseeded), counted = tensor_parallel_2(
-        tiny.target, tiny.noisy, texts, [[4] * 5] * 2,
+        tiny.target, tiny.noisy, texts, [],
         max_tokens=40, seeds=[seeds, [None] * 5], dice=13, **options,
     )  # fmt: skip
     assert all(len(set(text)) > 5 for text in unseeded)

@@ -698,7 +698,7 @@ def _limits(request: Any, max_height: int) -> RequestLimits:
         stop_token_ids=frozenset({*(params.stop_token_ids or ()), params.eos_token_id} - {None}),
         # The draft cannot read embeddings, of the whole prompt or (then with ids that stand in
         # their places) of parts of it.
-        draftable=prompt is not None and request.prompt_embeds is None,
+        draftable=request.prompt_embeds is None,
         has_grammar=params.structured_outputs is not None,
     )
 

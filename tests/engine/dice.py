@@ -4,6 +4,8 @@ import random
 from collections import Counter
 from typing import Any
 
+import torch
+
 from vllm_stairs.height.ragged import RaggedPolicy
 
 
@@ -65,7 +67,16 @@ class Dice(RaggedPolicy):
 
 
 def roll(worker: Any, seed: int) -> None:
-    """Let dice decide on the worker that decides."""
-    decider = worker.model_runner.stairs_decider
-    if decider.policy is not None:
-        decider.policy = Dice(worker.model_runner.num_spec_tokens, seed)
+    """Let dice decide on the worker that decides, and draw all else anew on each."""
+    roll_in(worker.model_runner, seed)
+
+
+def roll_in(runner: Any, seed: int) -> Dice | None:
+    """The dice that decide from now on; None on a rank that does not decide."""
+    # Drafts are drawn by the generator of the process, which other engines use up too.
+    torch.manual_seed(seed)
+    decider = runner.stairs_decider
+    if decider.policy is None:
+        return None
+    decider.policy = dice = Dice(runner.num_spec_tokens, seed)
+    return dice

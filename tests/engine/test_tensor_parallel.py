@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.engine.engines import (
     greedy,
@@ -30,6 +31,7 @@ def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path) -> None:
     assert 0 < statistics["accepted_per_position"][0] < statistics["drafted_per_position"][0]
 
 
+@pytest.mark.full  # The next one shows the same but for what is refused.
 def test_one_rank_decides_heights_for_both(tiny: TinyModels) -> None:
     """Heights from dice on one rank: the other verifies the same staircases (the helper looks)."""
     texts = prompts(5, seed=51)

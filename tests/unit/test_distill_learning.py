@@ -289,7 +289,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     tiny: TinyModels, tmp_path: Path
 ) -> None:
     """In the second pass over the data too: the conversations come in the same order."""
-    data = random_data(tiny, tmp_path / "data", talks=120)
+    data = random_data(tiny, tmp_path / "data", talks=60)
     options = {"epochs": 2.5, "evaluations": 9, "patience": 100}
     steps = int(len(Examples([data])) * 2.5 / 16)
     Learner(tiny, data, tmp_path / "whole", **options)()

@@ -1116,6 +1116,30 @@ def test_plain_is_measured_more_often_where_drafting_wins_little() -> None:
     assert 0.02 < plain_steps(0.4) < 0.08
 
 
+@pytest.mark.parametrize(("share", "prompt", "in_a_row"), [(0.7, 0, 4), (1.4, 0, 1), (0.7, 500, 1)])
+def test_plain_steps_that_are_cheaper_than_believed_come_in_a_row(
+    share: float, prompt: int, in_a_row: int
+) -> None:
+    """What drafting was decided by is wrong then: to its cost, while it goes on."""
+    policy, asked = taught(length=20000), []
+    for _ in range(300):
+        plan = policy.plan([0], [8])
+        ms = policy.target(1)
+        asked.append(plan.reasons == [MEASURING])
+        if plan.active:
+            while plan.active:
+                policy.proceed(plan, [0.95] * len(plan.active))
+            policy.drafted(plan, 4.0, 4.0 * (len(plan.passes) - 1))
+            rows = 1 + sum(plan.heights)
+            policy.observe([0], plan.heights, plan.heights, policy.target(rows, True), rows)
+        else:
+            policy.observe([0], [0], [0], share * ms + prompt, 1 + prompt)
+        if any(asked) and not any(asked[-8:]):
+            break
+    first = asked.index(True)
+    assert asked[first : first + 5] == [place < in_a_row for place in range(5)]
+
+
 def test_long_texts_that_win_are_drafted_for() -> None:
     """What short texts cost, measured badly, does not keep drafts off long ones."""
     for seed in range(3):

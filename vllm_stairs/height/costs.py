@@ -305,8 +305,8 @@ class TargetCost:
         self._speculating = _Sizes(window)
         self._level = _Level()
         self._anchor = 0
-        # Whether the last plain step took another time than was expected.
-        self.surprised = False
+        # Whether the last plain step took longer (1) or less long (-1) than was expected.
+        self.surprise = 0
         # Milliseconds of a plain step of one row.
         self.unit = 0.0
         self._plain_line = self._speculating_line = Line([(1.0, 1.0, 1.0)], slope)
@@ -363,7 +363,7 @@ class TargetCost:
         expected = self.relative(rows, speculating)
         if not speculating:
             usual = expected * self._level.value if self._level else ms
-            self.surprised = not usual < _NEWS * ms < _NEWS * _NEWS * usual
+            self.surprise = (ms > _NEWS * usual) - (_NEWS * ms < usual)
         seen = sizes.count(rows)
         compared = seen >= _SETTLED and self.stretch.compares(speculating)
         # Where texts of this length are new, what differs is the stretch, not the shape.

@@ -66,6 +66,8 @@ _PLAIN_EVERY = 128
 """Speculating steps after which one plain step is measured again, at the latest."""
 _PLAIN_AGAIN = 8
 """The same if the last one took another time than was expected."""
+_PLAIN_IN_A_ROW = 4
+"""Plain steps at once if they take less than was expected: then drafting may be losing."""
 _PLAIN_SHARE = 0.0025
 """Share of time that measuring plain steps may cost while drafting pays."""
 _PLAIN_APART = 16
@@ -135,6 +137,8 @@ class RaggedPolicy:
         self._on = False
         self._steps = 0
         self._since_plain = 0
+        # Plain steps in a row that were asked for while drafting.
+        self._in_a_row = 0
         # Plain steps that a speculating one is expected to win.
         self._ahead = 0.0
         # Steps since one with more than one draft pass.
@@ -220,10 +224,12 @@ class RaggedPolicy:
         if self._stay_idle(plan, able):
             return plan
         if self._must_measure(batch):
+            self._in_a_row += 1
             self._since_plain = 0
             for index in able:
                 plan.reasons[index] = MEASURING
             return plan
+        self._in_a_row = 0
         if holes is not None and not any(holes):
             holes = None
         if holes is None and self._repeat(plan, able, rooms):
@@ -485,6 +491,8 @@ class RaggedPolicy:
         """Whether this step is to be plain to learn what plain costs."""
         if self._since_plain >= self._plain_wait():
             return True
+        if 0 < self._in_a_row < _PLAIN_IN_A_ROW and self.target.surprise < 0:
+            return True
         stretch = self.target.stretch
         if self._since_plain >= _PLAIN_APART and stretch.is_new and stretch.compares(False):
             # Before it can be compared with, the size itself has to be known well.
@@ -508,7 +516,7 @@ class RaggedPolicy:
 
         It costs what drafting wins: little where drafting nearly loses, which is where it counts.
         """
-        if self.target.surprised:
+        if self.target.surprise:
             return _PLAIN_AGAIN
         return min(max(int(self._ahead / _PLAIN_SHARE), _PLAIN_APART), _PLAIN_EVERY)
 
@@ -728,6 +736,7 @@ class RaggedPolicy:
         if target_ms is not None and rows is not None and rows > own_rows:
             self.target.add_prompt(rows, target_ms)
             target_ms = None
+            self._in_a_row = 0
         if not batch:
             return
         judged = heights

@@ -1140,6 +1140,22 @@ def test_plain_steps_that_are_cheaper_than_believed_come_in_a_row(
     assert asked[first : first + 5] == [place < in_a_row for place in range(5)]
 
 
+def test_plain_steps_that_read_prompts_are_not_asked_for_again_soon() -> None:
+    """Where prompts come all the time no step shows what a plain one costs."""
+    policy = taught(length=20000)
+    policy.target.surprise = 1
+    asked = []
+    for _ in range(600):
+        plan = policy.plan([0], [8])
+        asked.append(plan.reasons == [MEASURING])
+        while plan.active:
+            policy.proceed(plan, [0.95] * len(plan.active))
+        if plan.passes:
+            policy.drafted(plan, 4.0, 4.0 * (len(plan.passes) - 1))
+        policy.observe([0], plan.heights, plan.heights, 150.0, 500)
+    assert 2 <= sum(asked) <= 600 / 64
+
+
 def test_long_texts_that_win_are_drafted_for() -> None:
     """What short texts cost, measured badly, does not keep drafts off long ones."""
     for seed in range(3):

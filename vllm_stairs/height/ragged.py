@@ -139,6 +139,8 @@ class RaggedPolicy:
         self._since_plain = 0
         # Plain steps in a row that were asked for while drafting.
         self._in_a_row = 0
+        # Whether the last one was no measure, for it read a prompt.
+        self._in_vain = False
         # Plain steps that a speculating one is expected to win.
         self._ahead = 0.0
         # Steps since one with more than one draft pass.
@@ -516,7 +518,7 @@ class RaggedPolicy:
 
         It costs what drafting wins: little where drafting nearly loses, which is where it counts.
         """
-        if self.target.surprise:
+        if self.target.surprise and not self._in_vain:
             return _PLAIN_AGAIN
         return min(max(int(self._ahead / _PLAIN_SHARE), _PLAIN_APART), _PLAIN_EVERY)
 
@@ -736,6 +738,7 @@ class RaggedPolicy:
         if target_ms is not None and rows is not None and rows > own_rows:
             self.target.add_prompt(rows, target_ms)
             target_ms = None
+            self._in_vain = self._in_vain or self._in_a_row > 0
             self._in_a_row = 0
         if not batch:
             return
@@ -753,6 +756,7 @@ class RaggedPolicy:
             self.target.add(own_rows, target_ms, own_rows > batch)
             self.draft.row_share = self.target.slope
             if own_rows == batch:
+                self._in_vain = False
                 self.draft.follow(self.target.level)
         if self.target.known:
             self._book(keys, heights, accepted, target_ms)

@@ -31,7 +31,7 @@ def test_tensor_parallel_2(tiny: TinyModels, tmp_path: Path) -> None:
     assert 0 < statistics["accepted_per_position"][0] < statistics["drafted_per_position"][0]
 
 
-@pytest.mark.full  # The next one shows the same but for what is refused.
+@pytest.mark.full  # The last one shows the same but for what is refused.
 def test_one_rank_decides_heights_for_both(tiny: TinyModels) -> None:
     """Heights from dice on one rank: the other verifies the same staircases (the helper looks)."""
     texts = prompts(5, seed=51)
@@ -44,6 +44,7 @@ def test_one_rank_decides_heights_for_both(tiny: TinyModels) -> None:
     assert counted["accepted_per_position"] == counted["drafted_per_position"]
 
 
+@pytest.mark.full
 def test_both_ranks_read_the_end_of_the_same_texts(tiny: TinyModels) -> None:
     """Else their halves of the draft's KV cache would not fit each other."""
     draws = random.Random(52)
@@ -70,10 +71,11 @@ def test_both_ranks_draw_the_same(tiny: TinyModels) -> None:
     seeds = list(range(5))
     options = {"stairs_height": "auto", "draft_sample_method": "probabilistic"}
     # The helper sees to it that both ranks have accepted the same numbers of drafts.
-    (seeded, unseeded), counted = tensor_parallel_2(
-        tiny.target, tiny.noisy, texts, [],
+    (seeded, unseeded, written), counted = tensor_parallel_2(
+        tiny.target, tiny.noisy, texts, [[4] * 5],
         max_tokens=40, seeds=[seeds, [None] * 5], dice=13, **options,
     )  # fmt: skip
+    assert written == [samples[0] for samples in token_ids(plain(tiny.target), texts, greedy(40))]
     assert all(len(set(text)) > 5 for text in unseeded)
     assert 0 < counted["accepted_per_position"][0] < counted["drafted_per_position"][0]
     # One process with the same dice draws the same from the same seeds.

@@ -1122,9 +1122,13 @@ def test_plain_steps_that_are_cheaper_than_believed_come_in_a_row(
 ) -> None:
     """What drafting was decided by is wrong then: to its cost, while it goes on."""
     policy, asked = taught(length=20000), []
+    for _ in range(8):
+        policy.target.add(1, policy.target(1), False)
     for _ in range(300):
         plan = policy.plan([0], [8])
         ms = policy.target(1)
+        if not any(asked):
+            comparisons = policy.target.stretch._sizes.samples
         asked.append(plan.reasons == [MEASURING])
         if plan.active:
             while plan.active:
@@ -1138,6 +1142,19 @@ def test_plain_steps_that_are_cheaper_than_believed_come_in_a_row(
             break
     first = asked.index(True)
     assert asked[first : first + 5] == [place < in_a_row for place in range(5)]
+    # They are of one moment: a fast one after a slow one is no more than a comparison.
+    assert policy.target.stretch._sizes.samples == comparisons + (not prompt)
+
+
+def test_a_prompt_after_a_plain_step_that_was_measured_is_not_in_vain() -> None:
+    policy = taught(length=20000)
+    while policy.plan([0], [8]).reasons != [MEASURING]:
+        policy.observe([0], [0], [0], policy.target(1), 1)
+        policy._since_plain = 1000
+    policy.observe([0], [0], [0], 0.7 * policy.target(1), 1)
+    policy.forget([0])
+    policy.observe([], [], [], 300.0, 500)
+    assert policy._plain_wait() == 8
 
 
 def test_plain_steps_that_read_prompts_are_not_asked_for_again_soon() -> None:

@@ -351,8 +351,15 @@ class TargetCost:
         """Whether a plain step of so many rows can be compared with speculating ones."""
         return self._plain.count(rows) >= _SETTLED
 
-    def add(self, rows: int, ms: float, speculating: bool) -> None:
-        """Record a step of ``rows`` rows, at least one of them a draft if ``speculating``."""
+    def add(self, rows: int, ms: float, speculating: bool, compared: bool = True) -> None:
+        """Record a step.
+
+        Args:
+            rows: in it.
+            ms: that it took.
+            speculating: whether at least one row is a draft.
+            compared: whether it may be a comparison of the two kinds of step.
+        """
         if len(self._level) == 1 and ms < 0.5 * self._level.value:
             # The first step was dear (it compiled, say) and tells nothing, whatever its size.
             self._level = _Level()
@@ -365,7 +372,7 @@ class TargetCost:
             usual = expected * self._level.value if self._level else ms
             self.surprise = (ms > _NEWS * usual) - (_NEWS * ms < usual)
         seen = sizes.count(rows)
-        compared = seen >= _SETTLED and self.stretch.compares(speculating)
+        compared = compared and seen >= _SETTLED and self.stretch.compares(speculating)
         # Where texts of this length are new, what differs is the stretch, not the shape.
         tells_shape = not (compared and self.stretch.is_new)
         if compared:

@@ -137,9 +137,10 @@ class RaggedPolicy:
         self._on = False
         self._steps = 0
         self._since_plain = 0
-        # Plain steps in a row that were asked for while drafting.
+        # Plain steps in a row that were asked for; whether the coming step is one.
         self._in_a_row = 0
-        # Whether the last one was no measure, for it read a prompt.
+        self._asked_for = False
+        # Whether the last such row was no measure, for its first step read a prompt.
         self._in_vain = False
         # Plain steps that a speculating one is expected to win.
         self._ahead = 0.0
@@ -221,12 +222,15 @@ class RaggedPolicy:
             for index, room in enumerate(rooms):
                 if room <= 0:
                     plan.reasons[index] = (reasons[index] if reasons else None) or LIMIT
+        self._asked_for = False
         if not able:
+            self._in_a_row = 0
             return plan
         if self._stay_idle(plan, able):
             return plan
         if self._must_measure(batch):
             self._in_a_row += 1
+            self._asked_for = True
             self._since_plain = 0
             for index in able:
                 plan.reasons[index] = MEASURING
@@ -738,8 +742,10 @@ class RaggedPolicy:
         if target_ms is not None and rows is not None and rows > own_rows:
             self.target.add_prompt(rows, target_ms)
             target_ms = None
-            self._in_vain = self._in_vain or self._in_a_row > 0
+            if self._asked_for and self._in_a_row == 1:
+                self._in_vain = True
             self._in_a_row = 0
+        self._asked_for = False
         if not batch:
             return
         judged = heights
@@ -753,7 +759,8 @@ class RaggedPolicy:
         if any(judged):
             self.gains.learned()
         if target_ms is not None:
-            self.target.add(own_rows, target_ms, own_rows > batch)
+            # Further steps of a row are of the same moment as its first.
+            self.target.add(own_rows, target_ms, own_rows > batch, self._in_a_row <= 1)
             self.draft.row_share = self.target.slope
             if own_rows == batch:
                 self._in_vain = False

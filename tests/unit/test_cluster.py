@@ -263,6 +263,36 @@ def test_it_is_reused(address: str) -> None:
     assert time.monotonic() - started < 0.5
 
 
+BUSY = """
+import json
+import psutil
+from vllm_stairs.placement import cluster
+answer, processes = cluster._answer, []
+def too_slow_at_first(process, *rest):
+    processes.append(process)
+    found = answer(process, *rest)
+    if len(processes) <= FAILURES:
+        raise cluster.ClusterError("Ray could not start: it timed out during startup.")
+    return found
+cluster._answer = too_slow_at_first
+try:
+    said = cluster.connect("local")
+except cluster.ClusterError as error:
+    said = str(error)
+print(json.dumps([said, len(processes), len(psutil.Process().children())]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failures", "starts", "says"), [(1, 2, "127.0.0.1:"), (2, 2, "timed out")]
+)
+def test_a_start_on_a_busy_machine_is_tried_twice(failures: int, starts: int, says: str) -> None:
+    said, tried, children = script(BUSY.replace("FAILURES", str(failures)))
+    assert says in said
+    assert tried == starts
+    assert children == (failures < starts), "what was given up was ended"
+
+
 def test_it_listens_to_this_machine_only(address: str) -> None:
     listening = [
         (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)

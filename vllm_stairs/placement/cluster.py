@@ -53,6 +53,8 @@ _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # a minute.
 _GIVE_UP_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _NEVER = 1_000_000
+# In what Ray says if its own processes do not come up in 30 seconds.
+_TOO_SLOW = "timed out during startup"
 # So that its node can be found again: Ray wants resources of a bundle to be above nothing.
 _A_LITTLE = 0.001
 
@@ -297,13 +299,32 @@ def _own_instance(bundle: DraftBundle, gpus: Sequence[str], gpu_variable: str) -
     environment.pop(ADDRESS_VARIABLE, None)
     if gpus:
         environment[gpu_variable] = ",".join(gpus)
+    try:
+        process, address, folder = _start_instance(bundle, len(gpus), environment)
+    except ClusterError as error:
+        if _TOO_SLOW not in str(error):
+            raise
+        # The machine was busy (with other servers that start, say).
+        process, address, folder = _start_instance(bundle, len(gpus), environment)
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    _instance = _Instance(process, address, folder, ours, before, os.getpid())
+    # Finalizers run in reverse order, so after those of an engine that is made later.
+    weakref.finalize(sys.modules[__name__], stop)
+    return address
+
+
+def _start_instance(
+    bundle: DraftBundle, gpus: int, environment: Mapping[str, str]
+) -> tuple["subprocess.Popen[bytes]", str, Path]:
+    """Start a helper that starts an instance: the process, the instance's address, its folder."""
     folder = Path(tempfile.mkdtemp(prefix="stairs-", dir=_short_folder()))
-    request = {"address": LOCAL, "cpus": bundle.cpus, "gpus": len(gpus), "folder": str(folder)}
+    request = {"address": LOCAL, "cpus": bundle.cpus, "gpus": gpus, "folder": str(folder)}
     try:
         with open(folder / "keeper.log", "w+b") as log:
             process = _start_keeper(request, environment, log)
             try:
-                address = _answer(process, log, LOCAL, 120)
+                return process, _answer(process, log, LOCAL, 120), folder
             except BaseException:
                 process.kill()
                 process.wait()
@@ -311,12 +332,6 @@ def _own_instance(bundle: DraftBundle, gpus: Sequence[str], gpu_variable: str) -
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    _instance = _Instance(process, address, folder, ours, before, os.getpid())
-    # Finalizers run in reverse order, so after those of an engine that is made later.
-    weakref.finalize(sys.modules[__name__], stop)
-    return address
 
 
 def _let_go() -> None:

@@ -1131,9 +1131,7 @@ def test_plain_steps_that_are_cheaper_than_believed_come_in_a_row(
             comparisons = policy.target.stretch._sizes.samples
         asked.append(plan.reasons == [MEASURING])
         if plan.active:
-            while plan.active:
-                policy.proceed(plan, [0.95] * len(plan.active))
-            policy.drafted(plan, 4.0, 4.0 * (len(plan.passes) - 1))
+            draft(policy, plan, 0.95)
             rows = 1 + sum(plan.heights)
             policy.observe([0], plan.heights, plan.heights, policy.target(rows, True), rows)
         else:
@@ -1165,10 +1163,7 @@ def test_plain_steps_that_read_prompts_are_not_asked_for_again_soon() -> None:
     for _ in range(600):
         plan = policy.plan([0], [8])
         asked.append(plan.reasons == [MEASURING])
-        while plan.active:
-            policy.proceed(plan, [0.95] * len(plan.active))
-        if plan.passes:
-            policy.drafted(plan, 4.0, 4.0 * (len(plan.passes) - 1))
+        draft(policy, plan, 0.95)
         policy.observe([0], plan.heights, plan.heights, 150.0, 500)
     assert 2 <= sum(asked) <= 600 / 64
 
@@ -1460,6 +1455,20 @@ def taught(
     return policy
 
 
+def draft(
+    policy: RaggedPolicy,
+    plan: Plan,
+    confidence: float,
+    pass_ms: float = 4.0,
+    first_ms: float | None = None,
+) -> None:
+    """The draft's passes of a step, of which every token is as sure, and what they took."""
+    while plan.active:
+        policy.proceed(plan, [confidence] * len(plan.active))
+    later_ms = pass_ms * (len(plan.passes) - 1)
+    policy.drafted(plan, pass_ms if first_ms is None else first_ms, later_ms)
+
+
 def decide(policy: RaggedPolicy, **columns: Sequence[int]) -> Plan:
     """A plan for requests that nothing is known of."""
     count = len(columns["rooms"])
@@ -1579,10 +1588,7 @@ def test_a_request_under_a_grammar_is_told_apart() -> None:
     drafted = {"free": 0, "json": 0}
     for step in range(600):
         plan = policy.plan(["free", "json"], [4, 4], [0, 0])
-        while plan.active:
-            policy.proceed(plan, [0.9] * len(plan.active))
-        if plan.passes:
-            policy.drafted(plan, 2.0, 2.0 * (len(plan.passes) - 1))
+        draft(policy, plan, 0.9, 2.0)
         free, json = policy.settle(plan, may_trim=True)
         if step >= 100:
             drafted["free"] += free
@@ -1603,10 +1609,8 @@ def test_drafts_that_no_step_judges_are_a_loss() -> None:
     lost = 0
     for request in range(100, 220):
         plan = policy.plan([request], [4], [0])
-        while plan.active:
-            policy.proceed(plan, [0.99])
+        draft(policy, plan, 0.99)
         policy.settle(plan)
-        policy.drafted(plan, 4.0, 4.0 * (len(plan.passes) - 1))
         policy.observe([], [], [])
         policy.forget([request])
         lost += bool(plan.passes)
@@ -1621,10 +1625,8 @@ def test_probes_that_no_step_judges_are_paid_for() -> None:
     probed = 0
     for request in range(10**6, 10**6 + 2000):
         plan = policy.plan([request], [4], [0])
-        while plan.active:
-            policy.proceed(plan, [0.9])
+        draft(policy, plan, 0.9)
         policy.settle(plan)
-        policy.drafted(plan, 4.0, 4.0 * max(len(plan.passes) - 1, 0))
         policy.observe([], [], [])
         policy.forget([request])
         probed += bool(plan.passes)
@@ -1650,11 +1652,8 @@ def test_a_small_hole_does_not_put_off_what_is_owed() -> None:
     for hole in (300, 1, *[0] * 60):
         for _ in range(3):
             plan = policy.plan(["x"], [8], [hole], [2000])
-            while plan.active:
-                policy.proceed(plan, [0.95] * len(plan.active))
+            draft(policy, plan, 0.95, first_ms=4.0 + 0.15 * hole)
             heights = policy.settle(plan)
-            if plan.passes:
-                policy.drafted(plan, 4.0 + 0.15 * hole, 4.0 * (len(plan.passes) - 1))
             policy.observe(["x"], heights, heights, cpu(1 + heights[0]))
             if heights[0]:
                 break
@@ -1685,9 +1684,7 @@ def test_a_spike_in_a_probe_does_not_end_probing() -> None:
             break
         policy.observe(["x"], [0], [0], cpu(1))
     assert plan.probe
-    while plan.active:
-        policy.proceed(plan, [0.5])
-    policy.drafted(plan, 5000.0, 4.0 * (len(plan.passes) - 1))
+    draft(policy, plan, 0.5, first_ms=5000.0)
     heights = policy.settle(plan)
     policy.observe(["x"], heights, [0], cpu(1 + heights[0]))
     assert policy.prober.credit > -8.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm import LLM
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -28,6 +29,7 @@ from tests.tiny import TinyModels
 from vllm_stairs.engine import draft_weights
 from vllm_stairs.engine import runner as runner_module
 from vllm_stairs.engine.draft_weights import BFloat16Weights, settle_weights
+from vllm_stairs.engine.proposer import _checkpoint_bytes, weights_share
 from vllm_stairs.processor import fast_bfloat16
 
 HIDDEN = torch.randn(5, 64, generator=torch.Generator().manual_seed(8))
@@ -173,6 +175,35 @@ def test_the_default_is_this_processors(tiny: TinyModels) -> None:
     assert statistics(engine)["draft_weights"] == ("bfloat16" if fast_bfloat16() else "full")
     texts = prompts(3, seed=74)
     assert token_ids(engine, texts, greedy()) == token_ids(plain(tiny.target), texts, greedy())
+
+
+@pytest.mark.parametrize(("choice", "share"), [("bfloat16", 0.5), ("full", 1.0)])
+def test_what_a_pass_is_taken_to_cost(tiny: TinyModels, choice: str, share: float) -> None:
+    """The policy's first guess knows in which type the draft is read."""
+    # A height that no other test has: an engine that has not drafted yet.
+    engine = stairs(tiny.target, tiny.target, 3, stairs_height="auto", stairs_draft_weights=choice)
+
+    def guess(worker: Any) -> float:
+        runner = worker.model_runner
+        policy = runner.stairs_decider.policy
+        assert policy.draft.scale(1.0) == weights_share(runner.speculative_config)
+        return policy.draft.scale(1.0)
+
+    assert engine.collective_rpc(guess) == [share]
+
+
+def test_quantized_weights_take_what_they_take_in_the_file(tmp_path: Path) -> None:
+    tensors = {
+        "packed": torch.zeros(6, 4, dtype=torch.int32),
+        "codes": torch.zeros(10, dtype=torch.int8),
+        "eighth": torch.zeros(3, dtype=torch.float8_e4m3fn),
+        "scales": torch.zeros(5, dtype=torch.bfloat16),
+        "norm": torch.zeros(2, dtype=torch.float32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert _checkpoint_bytes(str(tmp_path), 4) == 6 * 4 * 4 + 10 + 3 + (5 + 2) * 4
+    assert _checkpoint_bytes(str(tmp_path), 2) == 6 * 4 * 4 + 10 + 3 + (5 + 2) * 2
+    assert _checkpoint_bytes(str(tmp_path / "none"), 4) is None
 
 
 def test_errors(tiny: TinyModels) -> None:

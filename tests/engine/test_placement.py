@@ -254,6 +254,7 @@ def test_ranks_keep_the_same_sampled_tokens(tiny: TinyModels, tmp_path: Path) ->
     config = {
         "method": "stairs",
         "model": str(tiny.noisy),
+        "stairs_draft_weights": "full",
         "stairs_height": "fixed",
         "stairs_placement": "replicated",
         "draft_sample_method": "probabilistic",

@@ -67,6 +67,22 @@ class BFloat16Weights(QuantizationConfig):
         return _BFloat16LinearMethod(self) if isinstance(layer, LinearBase) else None
 
 
+def becomes_bfloat16(dtype: torch.dtype, is_quantized: bool, speculative_config: Any) -> bool:
+    """Whether a draft's matrices are to be bfloat16 on the processor of this process.
+
+    Args:
+        dtype: of the draft's weights otherwise.
+        is_quantized: whether its checkpoint is.
+        speculative_config: ``StairsSpeculativeConfig``.
+    """
+    choice = speculative_config.stairs.draft_weights
+    if not current_platform.is_cpu() or choice == "full":
+        return False
+    if dtype != torch.float32 or is_quantized:
+        return False
+    return choice == "bfloat16" or fast_bfloat16()
+
+
 def settle_weights(draft_config: Any, speculative_config: Any) -> BFloat16Weights | None:
     """Decide for the processor of this process, before a draft is loaded in it.
 
@@ -77,12 +93,8 @@ def settle_weights(draft_config: Any, speculative_config: Any) -> BFloat16Weight
     Returns:
         What it got; None where the matrices stay as they are.
     """
-    choice = speculative_config.stairs.draft_weights
-    if not current_platform.is_cpu() or choice == "full":
-        return None
-    if draft_config.model_config.dtype != torch.float32 or draft_config.quant_config is not None:
-        return None
-    if choice == "auto" and not fast_bfloat16():
+    is_quantized = draft_config.quant_config is not None
+    if not becomes_bfloat16(draft_config.model_config.dtype, is_quantized, speculative_config):
         return None
     if not isinstance(draft_config.additional_config, dict):
         logger.info("Stairs: the draft's matrices stay float32: additional_config is an object.")

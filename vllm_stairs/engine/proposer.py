@@ -27,13 +27,21 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
 from vllm_stairs.acceptor.greedy import most_likely
-from vllm_stairs.engine.draft_weights import BFloat16Weights, settle_weights
+from vllm_stairs.engine.draft_weights import BFloat16Weights, becomes_bfloat16, settle_weights
 from vllm_stairs.engine.placement import in_draft_group
 from vllm_stairs.engine.trimmed_head import CannotTrimError, pack_whole_head, trim_head
 from vllm_stairs.proposer.plan import plan_passes
 from vllm_stairs.proposer.vocabulary import FREQUENCIES_FILE
 
 logger = init_logger("vllm.stairs.proposer")
+
+_STORED_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16"), 2),
+    **dict.fromkeys(("U32", "I32"), 4),
+    **dict.fromkeys(("U64", "I64"), 8),
+}
+"""Of the types of a checkpoint that loading does not change."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +203,12 @@ class StairsProposer(DraftModelProposer):
         Taken from the checkpoint's headers where it is a local folder: on CPU vLLM repacks linear
         layers out of ``parameters()``.
         """
-        weights = _checkpoint_size(self.draft_model_config.model)
+        weights = _checkpoint_bytes(self.draft_model_config.model, self.dtype.itemsize)
         if weights is None:
             return sum(p.numel() * p.element_size() for p in self.model.parameters())
         ranks = self.speculative_config.draft_parallel_config.tensor_parallel_size
         saved = 0 if self.matrices is None else self.matrices.saved_bytes
-        return weights * self.dtype.itemsize // ranks - saved
+        return weights // ranks - saved
 
     @in_draft_group
     @torch.inference_mode()
@@ -560,25 +568,36 @@ class StairsProposer(DraftModelProposer):
 
 
 def weights_share(config: Any) -> float | None:
-    """On a rank, a draft's weights as a share of the target's; None where it is not known.
+    """The bytes of a draft's weights as a share of the target's, on a rank; None: not known.
+
+    What a pass of the one is likely to take beside the other's where memory is the limit.
 
     Args:
-        config: vLLM's ``SpeculativeConfig``.
+        config: ``StairsSpeculativeConfig``.
     """
-    draft = _checkpoint_size(config.draft_model_config.model)
-    target = _checkpoint_size(config.target_model_config.model)
-    if not draft or not target:
+    draft, target = config.draft_model_config, config.target_model_config
+    packed = becomes_bfloat16(draft.dtype, draft.quantization is not None, config)
+    itemsize = torch.bfloat16.itemsize if packed else draft.dtype.itemsize
+    draft_bytes = _checkpoint_bytes(draft.model, itemsize)
+    target_bytes = _checkpoint_bytes(target.model, target.dtype.itemsize)
+    if not draft_bytes or not target_bytes:
         return None
-    draft_ranks = config.draft_parallel_config.tensor_parallel_size
-    return draft / draft_ranks / (target / config.target_parallel_config.tensor_parallel_size)
+    draft_bytes //= config.draft_parallel_config.tensor_parallel_size
+    return draft_bytes / (target_bytes / config.target_parallel_config.tensor_parallel_size)
 
 
-def _checkpoint_size(model: str) -> int | None:
-    """Weights of a model in a local folder, from its files' headers; None if it is elsewhere."""
+def _checkpoint_bytes(model: str, itemsize: int) -> int | None:
+    """Weights of a model in a local folder, from its files' headers; None if it is elsewhere.
+
+    Floating-point numbers take ``itemsize`` bytes once they are loaded, quantized ones (8-bit
+    floating-point too) what they take in the file.
+    """
     total = 0
     for file in Path(model).glob("*.safetensors"):
         if file.name != FREQUENCIES_FILE:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    total += math.prod(tensors.get_slice(name).get_shape())
+                    found = tensors.get_slice(name)
+                    size = _STORED_BYTES.get(found.get_dtype(), itemsize)
+                    total += size * math.prod(found.get_shape())
     return total or None

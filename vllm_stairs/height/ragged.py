@@ -108,7 +108,7 @@ class RaggedPolicy:
         max_height: the largest height, K.
         use_confidence: whether :meth:`proceed` will be given the draft's confidences.
         draft_share: assumed cost of a draft pass as a share of a plain step, until measured; the
-            ratio of the models' weights is a good guess.
+            ratio of the bytes of the models' weights is a good guess.
         loss_share: the share of time that probes may cost in the long run.
         warm_up: what may be lost before speculation pauses for the first time, in plain steps;
             half as much again on probes.

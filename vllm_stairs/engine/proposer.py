@@ -582,8 +582,9 @@ def weights_share(config: Any) -> float | None:
     target_bytes = _checkpoint_bytes(target.model, target.dtype.itemsize)
     if not draft_bytes or not target_bytes:
         return None
-    draft_bytes //= config.draft_parallel_config.tensor_parallel_size
-    return draft_bytes / (target_bytes / config.target_parallel_config.tensor_parallel_size)
+    draft_ranks = config.draft_parallel_config.tensor_parallel_size
+    target_ranks = config.target_parallel_config.tensor_parallel_size
+    return draft_bytes / draft_ranks / (target_bytes / target_ranks)
 
 
 def _checkpoint_bytes(model: str, itemsize: int) -> int | None:
